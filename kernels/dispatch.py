@@ -1,0 +1,41 @@
+"""Which form of an operator runs: the one place that decides.
+
+"eager"    PyTorch on whatever device the tensors are on
+"triton"   the kernels: on a CUDA device, or on CPU tensors under the interpreter or the offline driver
+"auto"     triton on CUDA, eager elsewhere
+"""
+
+import os
+
+import torch
+
+IMPLEMENTATIONS = ("auto", "eager", "triton")
+
+
+def resolve(impl: str, device: torch.device) -> str:
+    """Return "eager" or "triton" for tensors on `device`.
+
+    Raises:
+        ValueError: `impl` is none of auto, eager, triton; or it is triton and nothing can run a kernel on `device`.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "auto":
+        return "triton" if device.type == "cuda" else "eager"
+    if impl == "triton" and device.type != "cuda" and not (device.type == "cpu" and kernels_accept_cpu()):
+        raise ValueError(
+            f"impl='triton' must have CUDA tensors (CPU ones only with TRITON_INTERPRET=1), got device {device}"
+        )
+    return impl
+
+
+def kernels_accept_cpu() -> bool:
+    """Whether a Triton launch on CPU tensors means something here: the interpreter, or a driver that only compiles."""
+    return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("KERNELS_OFFLINE") == "1"
+
+
+def values_are_readable(tensor: torch.Tensor) -> bool:
+    """Whether an operator may look at the values of `tensor` to refuse bad ones: on a GPU that would wait for it."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("KERNELS_CHECK") == "1"
