@@ -1,0 +1,152 @@
+"""Philox-4x32-10: random numbers as a pure function of a seed and four counters. There is no state anywhere.
+
+    key = 64-bit seed;  c0 = element of the scene // 8,  c1 = place,  c2 = step,  c3 = scene
+
+The eager form computes with int64 tensors that hold 32-bit words: products wrap, their low and high words are right.
+It equals `tl.philox` bit for bit, on every device. Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3
+(SC 2011); the Random123 test vectors are in the tests.
+"""
+
+import hashlib
+import math
+from enum import IntEnum
+
+import torch
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
+_ROUNDS = 10
+# counters computed at a time: the ten temporaries of a round stay in the cache
+_CHUNK = 1 << 16
+
+
+class Place(IntEnum):
+    """The second counter: who draws. Every use has its own number, so no two uses share a random number."""
+
+    INITIALISATION = 1
+    EPOCH_ORDER = 2
+    AUGMENTATION = 3
+    # a model's dropouts count up from here
+    DROPOUT = 1024
+
+
+Counter = torch.Tensor | int
+
+
+def philox_4x32(
+    c0: Counter, c1: Counter, c2: Counter, c3: Counter, *, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the four 32-bit words of Philox-4x32-10.
+
+    Args:
+        c0, c1, c2, c3: counters; int64 tensors that broadcast together, or ints, with values in [0, 2^32).
+        seed: the key, in [0, 2^64).
+    Returns:
+        Four int64 tensors of the broadcast shape with values in [0, 2^32), on the counters' device.
+    Raises:
+        ValueError: the seed is out of range or a tensor is not int64.
+    Determinism: exact integer arithmetic; the same words on every device.
+    """
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+    counters = (c0, c1, c2, c3)
+    tensors = [c for c in counters if isinstance(c, torch.Tensor)]
+    for tensor in tensors:
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"counters must be int64, got {tensor.dtype}")
+    device = tensors[0].device if tensors else torch.device("cpu")
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    flat = [torch.as_tensor(c, dtype=torch.int64, device=device).expand(shape).reshape(-1) for c in counters]
+    count = flat[0].numel()
+    words = torch.empty(4, count, dtype=torch.int64, device=device)
+    for start in range(0, count, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        for word, value in zip(words, _rounds(*(c[part] for c in flat), seed), strict=True):
+            word[part] = value
+    return words[0].reshape(shape), words[1].reshape(shape), words[2].reshape(shape), words[3].reshape(shape)
+
+
+def _rounds(c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor, seed: int):
+    k0, k1 = seed & _WORD, seed >> 32
+    for _ in range(_ROUNDS):
+        x, y = c0 * _M0, c2 * _M1
+        c0 = (y >> 32).bitwise_and_(_WORD).bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = (x >> 32).bitwise_and_(_WORD).bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = y.bitwise_and_(_WORD), x.bitwise_and_(_WORD)
+        k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
+    return c0, c1, c2, c3
+
+
+def unit_interval(word: torch.Tensor) -> torch.Tensor:
+    """Map 32-bit words to float32 in [0, 1): their upper 24 bits, exactly."""
+    return (word >> 8).to(torch.float32) * 2.0**-24
+
+
+def name_key(name: str) -> int:
+    """A 32-bit counter for a name: the first 4 bytes of its SHA-256, little endian."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+
+
+def named_words(name: str, count: int, *, seed: int) -> torch.Tensor:
+    """Words for initialising the tensor called `name`: int64 [4, ceil(count / 4)] on the CPU."""
+    element = torch.arange(-(-count // 4))
+    return torch.stack(philox_4x32(element, Place.INITIALISATION, 0, name_key(name), seed=seed))
+
+
+def named_uniform(name: str, shape: tuple[int, ...], *, seed: int) -> torch.Tensor:
+    """Draw float32 in [0, 1) for the tensor called `name`, on the CPU."""
+    count = math.prod(shape)
+    return unit_interval(named_words(name, count, seed=seed).T.reshape(-1)[:count]).reshape(shape)
+
+
+def named_normal(name: str, shape: tuple[int, ...], *, seed: int) -> torch.Tensor:
+    """Draw float32 N(0, 1) for the tensor called `name`, on the CPU.
+
+    Box-Muller in float64, rounded once, so that a last-bit difference of a libm does not reach the result.
+    """
+    count = math.prod(shape)
+    word = named_words(name, 2 * count, seed=seed).reshape(2, -1)[:, :count].to(torch.float64)
+    radius = torch.sqrt(-2 * torch.log((word[0] + 0.5) * 2.0**-32))
+    return (radius * torch.cos(2 * math.pi * (word[1] * 2.0**-32))).to(torch.float32).reshape(shape)
+
+
+def dropout_keep(
+    shape: tuple[int, ...], rate: float, *, seed: int, step: Counter, scene_B: torch.Tensor, place: int
+) -> torch.Tensor:
+    """Return which elements a dropout keeps: bool of `shape`, whose first axis is the batch.
+
+    Element e of a scene takes the 16-bit lane e % 8 (low half of word 0 first) of counter e // 8 and is kept if the
+    lane is at least round(65536 rate): integers are compared, nothing is rounded.
+
+    Args:
+        shape: [B, ...].
+        rate: probability of dropping, in [0, 1).
+        seed, step, scene_B, place: key and counters; scene_B is int64 [B], step an int or an int64 scalar tensor.
+    Raises:
+        ValueError: rate out of range, or scene_B does not have one entry per batch item.
+    Determinism: an element's fate depends on its scene, its place in it and the step; not on the batch.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate must be in [0, 1), got {rate}")
+    if scene_B.shape != shape[:1]:
+        raise ValueError(f"scene_B must be [B] with B = {shape[0]}, got shape {tuple(scene_B.shape)}")
+    count = math.prod(shape[1:])
+    element = torch.arange(-(-count // 8), device=scene_B.device)
+    words = philox_4x32(element, place, step, scene_B[:, None], seed=seed)
+    threshold = round(65536 * rate)
+    lanes = [half >= threshold for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(lanes, dim=-1).reshape(shape[0], -1)[:, :count].reshape(shape)
+
+
+def dropout(
+    x: torch.Tensor, rate: float, *, seed: int, step: Counter, scene_B: torch.Tensor, place: int
+) -> torch.Tensor:
+    """Zero elements of x [B, ...] with probability `rate` and scale the rest by 1 / (1 - rate).
+
+    See `dropout_keep` for the arguments, errors and determinism. The scaling is done in float32.
+    """
+    if rate == 0:
+        return x
+    keep = dropout_keep(tuple(x.shape), rate, seed=seed, step=step, scene_B=scene_B, place=place)
+    return torch.where(keep, x.float() * (1 / (1 - rate)), 0.0).to(x.dtype)

@@ -1,0 +1,115 @@
+"""Philox: the published vectors, independence from the batch, and the statistics of what is built on it."""
+
+import pytest
+import torch
+
+from kernels.philox import Place, dropout, dropout_keep, named_normal, named_uniform, philox_4x32, unit_interval
+
+# kat_vectors of Random123, philox4x32 with 10 rounds: counters, key, words
+VECTORS = [
+    ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, 0xFFFFFFFFFFFFFFFF, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        0x299F31D0A4093822,
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counters", "seed", "words"), VECTORS)
+def test_published_vectors(counters, seed, words):
+    got = philox_4x32(*(torch.tensor([c]) for c in counters), seed=seed)
+    assert tuple(int(w) for w in got) == words
+
+
+def test_counters_may_be_ints_and_broadcast():
+    element, scene = torch.arange(5), torch.tensor([7, 9])
+    words = philox_4x32(element, 3, 4, scene[:, None], seed=11)
+    assert words[0].shape == (2, 5)
+    alone = philox_4x32(torch.tensor(2), 3, 4, torch.tensor(9), seed=11)
+    assert [int(w) for w in alone] == [int(w[1, 2]) for w in words]
+
+
+def test_result_does_not_depend_on_the_chunks(monkeypatch):
+    whole = philox_4x32(torch.arange(1000), 1, 2, 3, seed=5)
+    monkeypatch.setattr("kernels.philox._CHUNK", 7)
+    assert all(torch.equal(a, b) for a, b in zip(whole, philox_4x32(torch.arange(1000), 1, 2, 3, seed=5), strict=True))
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 64])
+def test_seed_out_of_range_is_refused(seed):
+    with pytest.raises(ValueError, match="seed must be in"):
+        philox_4x32(0, 0, 0, 0, seed=seed)
+
+
+def test_counters_of_another_type_are_refused():
+    with pytest.raises(ValueError, match="counters must be int64"):
+        philox_4x32(torch.zeros(3, dtype=torch.int32), 0, 0, 0, seed=0)
+
+
+def test_unit_interval_is_exact_at_its_ends():
+    assert unit_interval(torch.tensor([0, 0xFFFFFFFF])).tolist() == [0.0, 1 - 2.0**-24]
+
+
+def test_dropout_of_a_scene_does_not_depend_on_its_batch():
+    scenes = torch.tensor([12, 99, 4])
+    keys = {"seed": 3, "step": 8, "place": Place.DROPOUT}
+    among = dropout_keep((3, 4, 5), 0.3, scene_B=scenes, **keys)
+    alone = dropout_keep((1, 4, 5), 0.3, scene_B=scenes[1:2], **keys)
+    assert torch.equal(among[1], alone[0])
+
+
+def test_dropout_changes_with_every_counter():
+    base = {"seed": 3, "step": 8, "place": 1024, "scene_B": torch.tensor([5])}
+    first = dropout_keep((1, 4096), 0.5, **base)
+    for name, value in (("seed", 4), ("step", 9), ("place", 1025), ("scene_B", torch.tensor([6]))):
+        other = dropout_keep((1, 4096), 0.5, **{**base, name: value})
+        assert 0.45 < (first == other).float().mean() < 0.55, name
+
+
+def test_dropout_keeps_the_mean_and_the_rate():
+    x = torch.ones(4, 100_000)
+    y = dropout(x, 0.1, seed=1, step=2, scene_B=torch.arange(4), place=1024)
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.9])
+    assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=2e-3)
+
+
+def test_dropout_follows_its_definition_lane_by_lane():
+    keep = dropout_keep((1, 19), 0.25, seed=9, step=1, scene_B=torch.tensor([2]), place=1024)
+    words = torch.stack(philox_4x32(torch.arange(3), 1024, 1, 2, seed=9))
+    for element in range(19):
+        word = int(words[element % 8 // 2, element // 8])
+        lane = word >> 16 if element % 2 else word & 0xFFFF
+        assert bool(keep[0, element]) == (lane >= 16384)
+
+
+def test_dropout_without_a_rate_returns_its_input():
+    x = torch.randn(2, 3)
+    assert dropout(x, 0.0, seed=0, step=0, scene_B=torch.zeros(2, dtype=torch.int64), place=1024) is x
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_dropout_rate_out_of_range_is_refused(rate):
+    with pytest.raises(ValueError, match="rate must be in"):
+        dropout_keep((1, 2), rate, seed=0, step=0, scene_B=torch.zeros(1, dtype=torch.int64), place=1024)
+
+
+def test_dropout_needs_a_scene_per_item():
+    with pytest.raises(ValueError, match="scene_B must be"):
+        dropout_keep((2, 2), 0.5, seed=0, step=0, scene_B=torch.zeros(1, dtype=torch.int64), place=1024)
+
+
+def test_named_draws_have_their_distribution_and_their_own_stream():
+    uniform, normal = named_uniform("a", (400, 500), seed=7), named_normal("a", (400, 500), seed=7)
+    assert uniform.mean().item() == pytest.approx(0.5, abs=3e-3)
+    assert uniform.var().item() == pytest.approx(1 / 12, abs=1e-3)
+    assert normal.mean().item() == pytest.approx(0, abs=1e-2)
+    assert normal.std().item() == pytest.approx(1, abs=1e-2)
+    assert abs(torch.corrcoef(torch.stack([normal.flatten(), named_normal("b", (200_000,), seed=7)]))[0, 1]) < 0.01
+
+
+def test_named_draws_leave_the_global_generator_alone():
+    before = torch.get_rng_state()
+    named_normal("weight", (10, 10), seed=1)
+    assert torch.equal(before, torch.get_rng_state())
