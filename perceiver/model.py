@@ -1,0 +1,191 @@
+"""The Perceiver: labelled points in, N segments with a confidence out. Its defaults are the published architecture.
+
+points  -> input_proj -> memory
+latents <- [cross-attention to the points in the first, last and every 4th layer] -> self-attention -> FFN, 7 times
+queries <- cross-attention to the latents -> self-attention -> FFN, 3 times
+queries -> r in R^7 -> midpoint, unit direction, length;  queries -> confidence logit
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from kernels.philox import Place, named_normal, named_uniform
+from perceiver.blocks import DropoutKey, GroupedQueryAttention, Layer, RMSNorm
+from perceiver.scene import SceneBatch
+from perceiver.tokens import PointTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceiverConfig:
+    """Architecture. Widths in channels; dropout is a probability; fourier_scale in cycles per normalised unit.
+
+    Raises:
+        ValueError: a size is not positive, a rate is out of range or heads do not divide.
+    """
+
+    hidden: int = 256
+    ff: int = 1024
+    num_heads: int = 4
+    kv_heads_cross: int = 2
+    kv_heads_self: int = 2
+    latent_tokens: int = 256
+    latent_layers: int = 7
+    decoder_layers: int = 3
+    cross_attn_interval: int = 4
+    segments: int = 64
+    dropout: float = 0.1
+    behind_emb_dim: int = 8
+    vote_features: bool = True
+    fourier_scale: float = 10.0
+
+    def __post_init__(self):
+        for name in ("hidden", "ff", "latent_tokens", "latent_layers", "decoder_layers", "segments", "behind_emb_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.cross_attn_interval < 1:
+            raise ValueError(f"cross_attn_interval must be at least 1, got {self.cross_attn_interval}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.hidden % self.num_heads:
+            raise ValueError(f"hidden must be a multiple of num_heads, got {self.hidden} and {self.num_heads}")
+        for name in ("kv_heads_cross", "kv_heads_self"):
+            if getattr(self, name) < 1 or self.num_heads % getattr(self, name):
+                raise ValueError(f"{name} must divide num_heads {self.num_heads}, got {getattr(self, name)}")
+
+
+class Segments(NamedTuple):
+    """Predicted segments in normalised units: midpoint, unit direction, length; confidence logit."""
+
+    mid_BN3: torch.Tensor
+    dir_BN3: torch.Tensor
+    len_BN: torch.Tensor
+    conf_BN: torch.Tensor
+
+    def endpoints(self) -> torch.Tensor:
+        """mid -/+ dir * len / 2, [B, N, 2, 3]."""
+        half_BN3 = 0.5 * self.len_BN[..., None] * self.dir_BN3
+        return torch.stack([self.mid_BN3 - half_BN3, self.mid_BN3 + half_BN3], dim=-2)
+
+
+class _Segmenter(nn.Module):
+    """The tables, layers and heads; the names are those of the published checkpoint."""
+
+    def __init__(self, c: PerceiverConfig, point_width: int):
+        super().__init__()
+        self.input_proj = nn.Sequential(
+            nn.Linear(point_width, c.ff), nn.GELU(), nn.Linear(c.ff, c.hidden), RMSNorm(c.hidden)
+        )
+        self.latent_embed = nn.Embedding(c.latent_tokens, c.hidden)
+        self.query_embed = nn.Embedding(c.segments, c.hidden)
+        last = c.latent_layers - 1
+        reads_points = [i in (0, last) or i % c.cross_attn_interval == 0 for i in range(c.latent_layers)]
+        crosses = [c.kv_heads_cross if reads else None for reads in reads_points]
+        crosses += [c.kv_heads_cross] * c.decoder_layers
+        layers = [
+            Layer(
+                c.hidden,
+                c.ff,
+                heads=c.num_heads,
+                kv_cross=kv_cross,
+                kv_self=c.kv_heads_self,
+                first_place=Place.DROPOUT + 3 * i,
+            )
+            for i, kv_cross in enumerate(crosses)
+        ]
+        self.latent_layers = nn.ModuleList(layers[: c.latent_layers])
+        self.decoder_layers = nn.ModuleList(layers[c.latent_layers :])
+        self.segment_head = nn.Linear(c.hidden, 7)
+        # the second offset has no effect; the published checkpoint has it
+        self.query_offsets = nn.Parameter(torch.empty(c.segments, 2, 3))
+        self.conf_head = nn.Linear(c.hidden, 1)
+
+
+class Perceiver(nn.Module):
+    """Segments from labelled points.
+
+    Args:
+        config: the architecture; `PerceiverConfig()` is the published one, 8,853,892 trainable parameters.
+        seed: of the initial weights, drawn by Philox per parameter name; the global generator is not read.
+    Determinism: equal config and seed give equal weights. The forward pass draws nothing but dropout, from `drop`.
+    Source: Jaegle et al., Perceiver (2021); the published 2026 learned baseline of the S23DR challenge.
+    """
+
+    def __init__(self, config: PerceiverConfig, *, seed: int = 353):
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            self.tokenizer = PointTokenizer(
+                fourier_scale=config.fourier_scale,
+                behind_width=config.behind_emb_dim,
+                vote_features=config.vote_features,
+            )
+            self.segmenter = _Segmenter(config, self.tokenizer.width)
+        self.to_empty(device="cpu")
+        initialise(self, seed)
+
+    def forward(self, batch: SceneBatch, *, drop: DropoutKey | None = None, impl: str = "auto") -> Segments:
+        """Predict N segments per scene.
+
+        Args:
+            batch: rows on the model's device; points past `point_count_B` have no effect.
+            drop: source of the dropout masks in training; None switches dropout off.
+            impl: of the attention operator.
+        Returns:
+            Segments in float32; the order of the queries has no meaning.
+        """
+        s = self.segmenter
+        with torch.autocast(batch.xyz_BT3.device.type, enabled=False):
+            point_BTF = self.tokenizer(batch)
+        memory_BTC = s.input_proj(point_BTF)
+        x_BLC = s.latent_embed.weight.expand(len(batch), -1, -1)
+        for layer in s.latent_layers:
+            x_BLC = layer(x_BLC, memory_BTC, key_count_B=batch.point_count_B, drop=drop, impl=impl)
+        x_BNC = s.query_embed.weight.expand(len(batch), -1, -1)
+        for layer in s.decoder_layers:
+            x_BNC = layer(x_BNC, x_BLC, drop=drop, impl=impl)
+        # millimetres on a 10 m roof need more than bf16
+        with torch.autocast(x_BNC.device.type, enabled=False):
+            return self._heads(x_BNC.float())
+
+    def _heads(self, x_BNC: torch.Tensor) -> Segments:
+        r_BN7 = self.segmenter.segment_head(x_BNC)
+        direction_BN3 = r_BN7[..., 3:6]
+        norm_BN1 = torch.linalg.vector_norm(direction_BN3, dim=-1, keepdim=True).clamp(min=1e-12)
+        return Segments(
+            mid_BN3=r_BN7[..., 0:3] + self.segmenter.query_offsets[:, 0],
+            dir_BN3=direction_BN3 / norm_BN1,
+            len_BN=0.1 * nn.functional.softplus(r_BN7[..., 6]),
+            conf_BN=self.segmenter.conf_head(x_BNC)[..., 0],
+        )
+
+
+@torch.no_grad()
+def initialise(model: Perceiver, seed: int) -> None:
+    """Draw every parameter from Philox by its name: U(-1, 1)/sqrt(fan-in) for linear layers, N(0, 1) for tables.
+
+    Output projections of the residual blocks start at 0, norms at 1, log_scale at ln sqrt(D).
+    """
+    model.tokenizer.pos_enc.draw()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            for part, parameter in module.named_parameters():
+                parameter.copy_((2 * named_uniform(f"{name}.{part}", tuple(parameter.shape), seed=seed) - 1) * bound)
+        elif isinstance(module, nn.Embedding):
+            module.weight.copy_(named_normal(f"{name}.weight", tuple(module.weight.shape), seed=seed))
+        elif isinstance(module, RMSNorm):
+            assert module.weight is not None
+            module.weight.fill_(1)
+        elif isinstance(module, GroupedQueryAttention):
+            module.log_scale.fill_(module.head_width).log_().mul_(0.5)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("out_proj.weight", "linear2.weight", "linear2.bias")):
+            parameter.zero_()
+    s = model.segmenter
+    s.query_offsets.copy_(named_normal("query_offsets", tuple(s.query_offsets.shape), seed=seed) * 0.05)
+    s.segment_head.weight.copy_(named_normal("segment_head", tuple(s.segment_head.weight.shape), seed=seed) * 1e-3)
+    s.segment_head.bias.zero_()
+    s.segment_head.bias[6] = 0.5
