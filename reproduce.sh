@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# The one door. Makes its own environment in .venv, then trains, repeats, tests or measures; run again, it continues.
+set -euo pipefail
+unset CDPATH PYTHONHOME PYTHONPATH PYTHONSAFEPATH
+export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'EOF'
+Usage: bash reproduce.sh [COMMAND [ARGUMENT ...]]
+
+  demo              train the embedded recipe and write its report (also what happens without a command)
+  again [RECIPE]    train RECIPE (demo) a second time and compare metrics and weights byte by byte
+  s23dr             train the published recipe on the hub's sets: needs a network and should have a GPU
+  test              lint, types, tests and the offline analysis of the kernels
+  bench             measure operators and training steps against their peers
+  gpu --out DIR     check and measure on a GPU; installs nothing, takes the first Python that has PyTorch
+  doctor            say what this machine has and what holds here
+  help              this text
+
+Arguments are handed on: `bash reproduce.sh demo --seed 4`. Interrupted training continues when it is run again.
+REPRODUCE_PYTHON=/path/to/python chooses the interpreter; otherwise python3.12, python3.11 and python3 are tried.
+EOF
+}
+
+fail() {
+    printf 'reproduce.sh: %s\n' "$@" >&2
+    exit 1
+}
+
+candidates=(python3.12 python3.11 python3)
+if [[ -n ${REPRODUCE_PYTHON:-} ]]; then candidates=("$REPRODUCE_PYTHON"); fi
+
+# find_python PROBE CANDIDATE...: print the first candidate that runs PROBE, or say what was tried and fail.
+# Candidates are run because a name on the path may be a shim with no interpreter behind it.
+find_python() {
+    local probe=$1 candidate answer tried=()
+    shift
+    for candidate in "$@"; do
+        if answer=$("$candidate" -c "$probe" 2>&1); then
+            printf '%s\n' "$candidate"
+            return
+        fi
+        answer=${answer%%$'\n'*}
+        tried+=("tried $candidate: ${answer##*: }")
+    done
+    fail "no suitable Python" "${tried[@]}"
+}
+
+can_make_environment='
+import sys
+if not (3, 11) <= sys.version_info[:2] < (3, 13):
+    sys.exit("is %d.%d, must be 3.11 or 3.12" % sys.version_info[:2])
+try:
+    import ensurepip, venv
+except ImportError as error:
+    sys.exit("is %d.%d without the module %s" % (*sys.version_info[:2], error.name))
+'
+
+has_torch='
+import sys
+from importlib.util import find_spec
+missing = [name for name in ("torch", "triton", "numpy", "pytest") if find_spec(name) is None]
+if missing:
+    sys.exit("lacks " + ", ".join(missing))
+'
+
+# The stamp is written last and names what .venv was made from: no stamp, or another one, and it is made anew.
+make_environment() {
+    local key stamp=.venv/reproduce.stamp base
+    key=$(cat constraints.txt setup.py | sha256sum)
+    if [[ -f $stamp && $(<"$stamp") == "${key%% *} "*"${REPRODUCE_PYTHON:-}" ]] && .venv/bin/python -c '' 2>/dev/null; then
+        return
+    fi
+    [[ $(uname -sm) == "Linux x86_64" ]] || fail "supported is Linux on x86-64, this is $(uname -sm)"
+    base=$(find_python "$can_make_environment" "${candidates[@]}") ||
+        fail "install Python 3.11 or 3.12 with its venv module (Debian, Ubuntu: apt install python3-venv)," \
+            "or name one: REPRODUCE_PYTHON=/path/to/python bash reproduce.sh"
+    echo "making .venv with $base: downloads PyTorch and what the tests need, once" >&2
+    "$base" -m venv --clear .venv || fail "could not make .venv with $base"
+    .venv/bin/python -m pip install --quiet --requirement constraints.txt ||
+        fail "could not install constraints.txt into .venv; run again once the cause above is gone"
+    printf '%s %s\n' "${key%% *}" "$base" >"$stamp"
+}
+
+train() {
+    local recipe=$1
+    .venv/bin/python -m train run --recipe "$@"
+    .venv/bin/python -m train.report "runs/$recipe"
+}
+
+command=${1:-demo}
+shift $(($# > 0))
+case $command in
+demo | s23dr)
+    make_environment
+    train "$command" "$@"
+    ;;
+again)
+    recipe=${1:-demo}
+    make_environment
+    train "$recipe"
+    .venv/bin/python -m train run --recipe "$recipe" --name "$recipe-again"
+    .venv/bin/python -m train compare "runs/$recipe" "runs/$recipe-again"
+    ;;
+test)
+    make_environment
+    # ruff and the type checker are tests too: tests/test_layout.py
+    OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 "$@"
+    env -u TRITON_INTERPRET .venv/bin/python -m bench.static --check
+    ;;
+bench)
+    make_environment
+    .venv/bin/python -m bench "$@"
+    ;;
+gpu)
+    python=$(find_python "$has_torch" .venv/bin/python "${candidates[@]}") ||
+        fail "where there is a network, bash reproduce.sh doctor makes .venv with all of it"
+    "$python" -m bench.gpu "$@"
+    ;;
+doctor)
+    make_environment
+    .venv/bin/python -m train.doctor "$@"
+    ;;
+help | -h | --help)
+    usage
+    ;;
+*)
+    echo "reproduce.sh: unknown command '$command'" >&2
+    usage >&2
+    exit 2
+    ;;
+esac

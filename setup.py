@@ -1,0 +1,26 @@
+from setuptools import setup
+
+setup(
+    name="ridgeline",
+    version="0.1.0",
+    description="Roof wireframes from point clouds, bit for bit the same each time they are trained",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.13",
+    packages=["kernels", "perceiver", "train", "bench"],
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.10",
+        "numpy>=2",
+        "datasets>=4",
+        "safetensors",
+        "tqdm",
+        "tyro",
+    ],
+    extras_require={
+        "eval": ["hoho2025", "scipy"],
+        "viz": ["plotly>=6"],
+        "peers": ["geomloss", "POT"],
+        "dev": ["pytest>=8", "pytest-xdist", "pytest-benchmark", "ruff", "basedpyright"],
+    },
+)
