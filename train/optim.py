@@ -1,0 +1,69 @@
+"""AdamW with two weight decays, and the learning rate as a function of the step."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from perceiver.model import Perceiver
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW. conf_head_weight_decay is that of the confidence head's weight; clip bounds the global gradient norm."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.01
+    conf_head_weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+class Schedule(Protocol):
+    """What the learning rate needs to know of a stage."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def cooldown_start(self) -> int: ...
+    @property
+    def cooldown_steps(self) -> int: ...
+
+
+def learning_rate(step: int, stage: Schedule) -> float:
+    """Return lr * min(1, s / warmup) * max(0, 1 - max(0, s - cooldown_start) / cooldown_steps), s = 1, 2, ..."""
+    rate = stage.lr
+    if stage.warmup:
+        rate *= min(1.0, step / stage.warmup)
+    if stage.cooldown_steps:
+        rate *= max(0.0, 1 - max(0, step - stage.cooldown_start) / stage.cooldown_steps)
+    return rate
+
+
+def build_optimizer(model: Perceiver, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over two groups: everything, and `conf_head.weight` with its own weight decay."""
+    conf_head = model.segmenter.conf_head.weight
+    rest = [p for p in model.parameters() if p is not conf_head]
+    return torch.optim.AdamW(
+        [
+            {"params": rest, "weight_decay": config.weight_decay},
+            {"params": [conf_head], "weight_decay": config.conf_head_weight_decay},
+        ],
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip_gradients(model: Perceiver, limit: float) -> torch.Tensor:
+    """Scale the gradients so that their global L2 norm is at most `limit`; return the norm before, a scalar tensor."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)
