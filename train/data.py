@@ -1,0 +1,303 @@
+"""The rows of a training stage: read, validated, split without leakage, counted, and stacked into tensors.
+
+    stage = load_stage_data("hf://org/name:train", dev_uris=all_uris_of_the_run, bad_samples=Path("bad_samples.txt"))
+    stage.train.rows      SceneBatch on the CPU, in file order      stage.train.order_ids, .digest
+    stage.dev.scenes      the dev scenes, in metres                 stage.dev.rows, .order_ids, .digest
+    print(stage.describe())
+
+One call per stage; a StageData depends on its arguments only, so stages that share a URI may share it. Dev is the
+end of each set as published. Training leaves out every scene that is in the dev part of any set of the run (the two
+published sets are not cut at the same scene), and those that bad_samples.txt names.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from perceiver.scene import RowError, Scene, SceneBatch, stack_scenes
+from train.sources import Rows, SourceError, SourceUri, open_rows
+
+_log = logging.getLogger(__name__)
+# scenes that are held as objects at a time while a set is stacked
+_CHUNK = 256
+# undecodable rows that are named one by one
+_NAMED = 10
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowSet:
+    """Rows of one part of a source: stacked, with their identifiers and their digest.
+
+    `rows`, `order_ids` and, for a dev part, `scenes` are in the same order; a train part keeps no scenes.
+    """
+
+    uri: SourceUri
+    rows: SceneBatch
+    order_ids: tuple[str, ...]
+    digest: str
+    scenes: tuple[Scene, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.order_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What became of the rows of a set: rows = trained_on + dev + dropped_bad + dropped_leak + undecodable."""
+
+    rows: int
+    trained_on: int
+    dev: int
+    dropped_bad: int
+    dropped_leak: int
+    undecodable: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StageData:
+    """What a stage trains on, what it is measured on, and what became of each row."""
+
+    train: RowSet
+    dev: RowSet
+    counts: Counts
+
+    def describe(self) -> str:
+        """One line with every count."""
+        c = self.counts
+        return (
+            f"{self.train.uri.with_part(None)}: {c.rows:,} rows = {c.trained_on:,} trained on + {c.dev:,} dev"
+            f" + {c.dropped_bad:,} bad samples + {c.dropped_leak:,} in a dev part of this run"
+            f" + {c.undecodable:,} undecodable"
+        )
+
+
+def load_stage_data(
+    uri: str | SourceUri,
+    *,
+    dev_uris: Sequence[str | SourceUri] = (),
+    bad_samples: Path | None = None,
+    strict: bool = False,
+    published_split: bool = False,
+) -> StageData:
+    """Load what one stage trains on and is measured on.
+
+    Args:
+        uri: the stage's set; without a part, or with #train.
+        dev_uris: the sets of the whole run; no scene of any of their dev parts is trained on. `uri` is always one.
+        bad_samples: file of order_ids to leave out of training; the dev part stays as published.
+        strict: raise at the first undecodable row instead of leaving it out.
+        published_split: keep the published recipe's split, which only leaves out the set's own dev rows.
+    Returns:
+        The train and dev rows in file order. A row that is bad and in a dev part counts as bad.
+    Raises:
+        SourceError: see `open_rows`; the URI names another part; nothing is left to train on or to measure on.
+        RowError: strict and a row is undecodable; or rows differ in their number of points.
+    Determinism: depends on the arguments and the data only.
+    """
+    uri = SourceUri.parse(uri)
+    if uri.part not in (None, "train"):
+        raise SourceError(
+            f"{uri}: a stage trains on a set's train part and holds out its dev part; leave out #{uri.part}"
+        )
+    source = open_rows(uri)
+    bad = read_bad_samples(bad_samples) if bad_samples else frozenset()
+    held_out = frozenset() if published_split else _dev_order_ids(source, dev_uris)
+    numbers, dropped_bad, dropped_leak = [], 0, 0
+    for i in source.span("train"):
+        if source.order_ids[i] in bad:
+            dropped_bad += 1
+        elif source.order_ids[i] in held_out:
+            dropped_leak += 1
+        else:
+            numbers.append(i)
+    dev = _load_rows(source, "dev", source.span("dev"), strict=strict)
+    train = _load_rows(source, "train", numbers, strict=strict)
+    if train.rows.xyz_BT3.shape[1] != dev.rows.xyz_BT3.shape[1]:
+        raise SourceError(f"{uri}: its train and dev parts differ in their number of points")
+    counts = Counts(
+        rows=len(source),
+        trained_on=len(train),
+        dev=len(dev),
+        dropped_bad=dropped_bad,
+        dropped_leak=dropped_leak,
+        undecodable=len(source) - dropped_bad - dropped_leak - len(train) - len(dev),
+    )
+    return StageData(train=train, dev=dev, counts=counts)
+
+
+def load_scenes(uri: str | SourceUri, *, truth: bool = True, strict: bool = False) -> list[Scene]:
+    """Load the scenes of a source, or of the part its URI names, in file order.
+
+    Args:
+        uri: the source; without a part all rows are meant.
+        truth: whether ground truth must be there. If False, rows without any are accepted too.
+        strict: raise at the first undecodable row instead of leaving it out with a warning.
+    Raises:
+        SourceError: see `open_rows`; or no row is usable.
+        RowError: strict and a row is undecodable.
+    """
+    uri = SourceUri.parse(uri)
+    source = open_rows(uri)
+    scenes = list(_decode(source, source.span(uri.part or "all"), truth=truth, strict=strict))
+    if not scenes:
+        raise SourceError(f"{uri}: has no usable rows")
+    return scenes
+
+
+def read_bad_samples(path: Path) -> frozenset[str]:
+    """Read order_ids, one a line; `#` starts a comment, blank lines are skipped, the last newline may be missing.
+
+    Raises:
+        SourceError: there is no such file, or a line holds more than one word.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"cannot read the list of bad samples {path} ({error})") from error
+    order_ids = set()
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if len(words) > 1:
+            raise SourceError(f"{path} line {number}: must hold one order_id, got {line!r}")
+        order_ids.update(words)
+    return frozenset(order_ids)
+
+
+def digest_scenes(scenes: Iterable[Scene]) -> str:
+    """Return the SHA-256 of rows in their order, equal wherever the rows came from.
+
+    Hashed are, per row, the line `row <bytes of order_id>`, the order_id, and for each field that is there, in the
+    order of `Scene`: the line `<name> <dtype> <shape>` and its values, row-major and little endian.
+    """
+    digest = hashlib.sha256()
+    for scene in scenes:
+        _add_to_digest(digest, scene)
+    return digest.hexdigest()
+
+
+def coverage(scenes: Sequence[Scene], radius_m: float = 0.5) -> tuple[float, float]:
+    """Return the shares of true vertices and of true edge length that lie within a radius of a valid point.
+
+    An edge is cut into the fewest equal pieces of at most 0.1 m; a piece counts if its middle is within the radius,
+    weighted by its length. Sums run over all scenes. This bounds what can be seen in the input.
+
+    Args:
+        scenes: at least one scene with ground truth.
+        radius_m: the radius in metres.
+    Returns:
+        (vertex share, edge share) in [0, 1].
+    Raises:
+        ValueError: there are no scenes, or a scene has no ground truth.
+    """
+    from scipy.spatial import KDTree
+
+    if not scenes:
+        raise ValueError("scenes must hold at least one scene")
+    vertices = seen_vertices = length_m = seen_length_m = 0.0
+    for scene in scenes:
+        if scene.gt_vertices is None or scene.gt_edges is None:
+            raise ValueError(f"scenes must have ground truth, {scene.order_id!r} has none")
+        vertices += len(scene.gt_vertices)
+        middles, weights_m = _edge_pieces(scene.gt_vertices.astype(np.float64), scene.gt_edges)
+        length_m += weights_m.sum()
+        if scene.point_count:
+            tree = KDTree(scene.valid_points_world())
+            seen_vertices += (tree.query(scene.gt_vertices)[0] <= radius_m).sum()
+            seen_length_m += weights_m[tree.query(middles)[0] <= radius_m].sum()
+    return float(seen_vertices / vertices), float(seen_length_m / length_m) if length_m else 0.0
+
+
+def describe_coverage(uri: str | SourceUri, scenes: Sequence[Scene]) -> str:
+    """One line with the coverage of a source's scenes."""
+    vertex_share, edge_share = coverage(scenes)
+    return (
+        f"{uri}: {vertex_share:.1%} of the true vertices and {edge_share:.1%} of the true edges of {len(scenes):,} "
+        f"scenes lie within 0.5 m of a point"
+    )
+
+
+def _edge_pieces(vertices_V3: np.ndarray, edges_E2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    middles, weights_m = [], []
+    for start, end in vertices_V3[edges_E2]:
+        length_m = float(np.linalg.norm(end - start))
+        pieces = max(1, int(np.ceil(length_m / 0.1)))
+        middles.append(start + (np.arange(pieces)[:, None] + 0.5) / pieces * (end - start))
+        weights_m.append(np.full(pieces, length_m / pieces))
+    return np.concatenate(middles), np.concatenate(weights_m)
+
+
+def _dev_order_ids(source: Rows, dev_uris: Sequence[str | SourceUri]) -> frozenset[str]:
+    others = {SourceUri.parse(uri).with_part(None) for uri in dev_uris} - {source.uri.with_part(None)}
+    sources = [source, *(open_rows(uri) for uri in others)]
+    return frozenset(rows.order_ids[i] for rows in sources for i in rows.span("dev"))
+
+
+def _decode(source: Rows, numbers: Iterable[int], *, truth: bool, strict: bool) -> Iterable[Scene]:
+    """The usable ones of some rows; the others are warned of, or the first of them raises."""
+    failed = 0
+    for i in numbers:
+        try:
+            scene = source.scene(i, truth)
+        except RowError as error:
+            if strict:
+                raise
+            failed += 1
+            if failed <= _NAMED:
+                _log.warning("%s: %s; the row is left out", source.uri, error)
+            continue
+        yield scene
+    if failed > _NAMED:
+        _log.warning("%s: %d rows are undecodable and left out", source.uri, failed)
+
+
+def _load_rows(source: Rows, part: str, numbers: Sequence[int], *, strict: bool) -> RowSet:
+    """Decode rows and stack them chunk by chunk; the scenes themselves are kept for the dev part only."""
+    digest = hashlib.sha256()
+    order_ids: list[str] = []
+    kept: list[Scene] = []
+    columns: dict[str, list[torch.Tensor]] = {field.name: [] for field in fields(SceneBatch)}
+    chunk: list[Scene] = []
+
+    def stack() -> None:
+        batch = stack_scenes(chunk)
+        for name, tensors in columns.items():
+            tensors.append(getattr(batch, name))
+        chunk.clear()
+
+    points = 0
+    for scene in _decode(source, numbers, truth=True, strict=strict):
+        points = points or len(scene.mask)
+        if len(scene.mask) != points:
+            raise RowError(
+                scene.order_id, "mask", f"must have {points} points as the rows before, has {len(scene.mask)}"
+            )
+        _add_to_digest(digest, scene)
+        order_ids.append(scene.order_id)
+        if part == "dev":
+            kept.append(scene)
+        chunk.append(scene)
+        if len(chunk) == _CHUNK:
+            stack()
+    if chunk:
+        stack()
+    if not order_ids:
+        raise SourceError(f"{source.uri}: its {part} part has no usable rows")
+    # a column is let go as soon as it is joined, so the peak is one column above the result
+    rows = SceneBatch(**{name: torch.cat(columns.pop(name)) for name in list(columns)})
+    uri = source.uri.with_part(part)
+    return RowSet(uri=uri, rows=rows, order_ids=tuple(order_ids), digest=digest.hexdigest(), scenes=tuple(kept))
+
+
+def _add_to_digest(digest, scene: Scene) -> None:
+    order_id = scene.order_id.encode()
+    digest.update(b"row %d\n" % len(order_id) + order_id)
+    for field in fields(scene):
+        value = getattr(scene, field.name)
+        if isinstance(value, np.ndarray):
+            digest.update(f"{field.name} {value.dtype.str} {list(value.shape)}\n".encode())
+            digest.update(value.tobytes())
