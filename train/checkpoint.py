@@ -1,0 +1,148 @@
+"""Checkpoints that survive a crash: weights, optimizer, step and the recipe they belong to.
+
+A checkpoint is written to a temporary file, flushed to the disk, and renamed; `<name>.sha256` holds the digest of its
+bytes; the one before it is kept as `<name>.previous`. A damaged or half-written file is recognised by its digest and
+the previous one is used. There is no random state to save: all randomness is a function of the step.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: says which and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The state of a run after update `step`.
+
+    recipe: the resolved recipe as plain values. machine: precision and implementation that computed it.
+    """
+
+    step: int
+    model: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    machine: Mapping[str, str]
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors in the mapping's order, as hex."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint so that a crash at any moment leaves a usable one.
+
+    Raises:
+        OSError: the disk refused; the checkpoint that was there is untouched.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **checkpoint.__dict__}, buffer)
+    data = buffer.getvalue()
+    _replace(_digest_file(path, ".new"), _sha256(data).encode())
+    temporary = path.with_name(path.name + ".new")
+    _replace(temporary, data)
+    if path.exists():
+        os.replace(path, path.with_name(path.name + ".previous"))
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(_digest_file(path), _digest_file(path, ".previous"))
+    os.replace(temporary, path)
+    os.replace(_digest_file(path, ".new"), _digest_file(path))
+    _flush_directory(path.parent)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint and check it against its digest.
+
+    Raises:
+        CheckpointError: it does not exist, is damaged, or is not a checkpoint of this program.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    data = path.read_bytes()
+    digest_file = _digest_file(path)
+    if digest_file.is_file() and digest_file.read_text().strip() != _sha256(data):
+        raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not have the digest in {digest_file.name}")
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if content.pop("format") != FORMAT:
+            raise CheckpointError(f"checkpoint {path} is of another format than {FORMAT}")
+        return Checkpoint(**content)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+
+
+def load_newest(path: Path) -> tuple[Checkpoint, str | None] | None:
+    """Return the newest usable checkpoint: the one being renamed when a crash came, `path`, or the previous one.
+
+    Returns:
+        The checkpoint and, if a newer file was damaged, a sentence saying so; None where there is none at all.
+    Raises:
+        CheckpointError: there are files, and none is usable.
+    """
+    new, previous = (path.with_name(path.name + suffix) for suffix in (".new", ".previous"))
+    problems: list[str] = []
+    # a half-written .new is what a crash leaves; it counts only where `path` has already been moved away
+    for candidate in (path, previous) if path.is_file() else (new, previous):
+        if not candidate.is_file():
+            continue
+        try:
+            return load_checkpoint(candidate), "; ".join(problems) or None
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems and (path.is_file() or previous.is_file()):
+        raise CheckpointError("; ".join(problems))
+    return None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old bytes or the new ones and nothing else."""
+    temporary = path.with_name(path.name + ".tmp")
+    _replace(temporary, data)
+    os.replace(temporary, path)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write and flush a whole file; a failed write leaves no half of it."""
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _digest_file(path: Path, suffix: str = "") -> Path:
+    return path.with_name(path.name + suffix + ".sha256")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

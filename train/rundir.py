@@ -1,0 +1,101 @@
+"""A run's directory: locked by one process, its recipe fixed, its logs cut back to the checkpoint on resume.
+
+config.json    the resolved recipe         metrics.jsonl  deterministic values only
+speed.jsonl    times, rates, memory        checkpoint.pt  the newest state; stage<k>.pt the state after stage k
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint import write_atomically
+from train.config import Recipe, differing_keys, recipe_to_dict
+
+
+class RunRefused(RuntimeError):
+    """A run that cannot be in this directory: says why and what to do."""
+
+
+class RunDirectory:
+    """Paths of a run and its logs.
+
+    Args:
+        path: made if it is not there.
+    Raises:
+        RunRefused: it cannot be made or written.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunRefused(f"run directory {self.path} cannot be made: {error.strerror}") from error
+        if not os.access(self.path, os.W_OK):
+            raise RunRefused(f"run directory {self.path} cannot be written")
+        self.checkpoint = self.path / "checkpoint.pt"
+
+    def stage_checkpoint(self, stage: int) -> Path:
+        """The state at the end of stage `stage`, counted from 1."""
+        return self.path / f"stage{stage}.pt"
+
+    def stage_tail(self, stage: int) -> Path:
+        """The state a few updates before the end of stage `stage`, counted from 1: a certificate replays from it."""
+        return self.path / f"stage{stage}_tail.pt"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory: a second process is refused. The lock dies with the process."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunRefused(f"run directory {self.path} is in use by another process") from None
+            yield
+
+    def fix_recipe(self, recipe: Recipe) -> None:
+        """Save the recipe, or check that it is the one the directory already has.
+
+        Raises:
+            RunRefused: the directory holds a run of another recipe; names the values that differ.
+        """
+        path, values = self.path / "config.json", recipe_to_dict(recipe)
+        if not path.exists():
+            write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+            return
+        different = differing_keys(json.loads(path.read_text()), values)
+        if different:
+            raise RunRefused(
+                f"run directory {self.path} holds a run of another recipe (different: {', '.join(different)}); "
+                "take another --name, or remove the directory"
+            )
+
+    def append(self, log: str, **values: Any) -> None:
+        """Append one line to `<log>.jsonl`."""
+        with (self.path / f"{log}.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def flush_logs(self) -> None:
+        """Make the logs safe on the disk before a checkpoint claims their steps."""
+        for path in self.path.glob("*.jsonl"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def cut_logs(self, step: int) -> None:
+        """Drop what the logs say of steps after `step`, and a line that a crash left half-written."""
+        for path in sorted(self.path.glob("*.jsonl")):
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+            write_atomically(path, "".join(kept).encode())
+
+    def read(self, log: str) -> list[Mapping[str, Any]]:
+        """The lines of `<log>.jsonl`; empty where there is no such file."""
+        path = self.path / f"{log}.jsonl"
+        return [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
+
+
+def _whole_lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
