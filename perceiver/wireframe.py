@@ -81,8 +81,15 @@ def segments_to_wireframe(endpoints_N23: np.ndarray, scene: Scene, settings: Pos
 
 
 def keep_segments(conf_N: np.ndarray, settings: PostprocessConfig) -> np.ndarray:
-    """Say which segments are kept, [N] bool: sigmoid(conf) > settings.confidence, conf being logits."""
-    return np.asarray(conf_N, np.float64) > np.log(settings.confidence / (1 - settings.confidence))
+    """Say which segments are kept, [N] bool: sigmoid(conf) > settings.confidence, conf being logits.
+
+    Raises:
+        ValueError: if `conf_N` is not finite; a NaN would pass for a low confidence.
+    """
+    conf_N = np.asarray(conf_N, np.float64)
+    if not np.isfinite(conf_N).all():
+        raise ValueError("conf_N must be finite, got NaN or infinity")
+    return conf_N > np.log(settings.confidence / (1 - settings.confidence))
 
 
 def true_wireframe(scene: Scene) -> Wireframe:

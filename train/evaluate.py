@@ -1,0 +1,299 @@
+"""How good a model is: scenes through it, the official score, two yardsticks, and the files that keep them.
+
+    predict_wireframes  scenes -> model -> kept segments -> wireframes
+    evaluate            ... -> official HSS per scene, their summary, the yardsticks beside it
+    write_scores        scores.json and scores.csv in a run directory
+    evaluate_command    all of it, printed: `python -m train evaluate`
+
+The yardsticks say what a score is worth: the truth sent through the same post-processing (what a perfect model
+would get) and clusters of labelled points joined along labelled edges (what needs no learning).
+
+Evaluation is a phase of its own: the model predicts first, the processes score afterwards, and training waits. On a
+CPU that shares its cores between training and scoring both become many times slower.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from perceiver.model import Perceiver, Segments
+from perceiver.scene import Scene, SceneBatch, stack_scenes
+from perceiver.score import Job, Score, ScorePool, summarize
+from perceiver.wireframe import (
+    PostprocessConfig,
+    Wireframe,
+    fallback_wireframe,
+    keep_segments,
+    segments_to_wireframe,
+    true_wireframe,
+)
+
+Summary = dict[str, float]
+
+SET_TITLES = {"dev": "dev", "validation": "official validation", "test": "public test"}
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+class SceneRow(NamedTuple):
+    """One line of scores.csv."""
+
+    order_id: str
+    hss: float
+    corner_f1: float
+    edge_iou: float
+    predicted_vertices: int
+    true_vertices: int
+    predicted_edges: int
+    true_edges: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores of a model on a set: one row per scene, their summary, and the yardsticks' summaries by name."""
+
+    rows: list[SceneRow]
+    summary: Summary
+    yardsticks: dict[str, Summary] = field(default_factory=dict)
+
+
+def predict_wireframes(
+    model: Perceiver,
+    scenes: Sequence[Scene],
+    *,
+    batch: int,
+    device: torch.device | str,
+    precision: str,
+    postprocess: PostprocessConfig,
+    impl: str = "auto",
+) -> list[Wireframe]:
+    """Predict the wireframe of each scene; one without a valid point gets the fallback.
+
+    Args:
+        model: on `device`; its training mode is restored.
+        scenes: of equal point number; their ground truth is not read.
+        batch: scenes per forward pass.
+        precision: "bf16" runs the model under autocast; the others leave the products as the process is set up.
+        impl: of the operators.
+    Raises:
+        ValueError: if `batch` or `precision` is out of range, or a prediction is not finite (names the scene).
+    Determinism: equal model, scenes, batch and device give equal bits.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    was_training = model.training
+    model.eval()
+    wireframes = []
+    try:
+        for start in range(0, len(scenes), batch):
+            chunk = scenes[start : start + batch]
+            segments = _forward(model, stack_scenes(chunk).to(device), precision, impl)
+            endpoints_BN23 = segments.endpoints().double().cpu().numpy()
+            conf_BN = segments.conf_BN.double().cpu().numpy()
+            wireframes += [
+                _to_wireframe(*item, postprocess) for item in zip(endpoints_BN23, conf_BN, chunk, strict=True)
+            ]
+    finally:
+        model.train(was_training)
+    return wireframes
+
+
+def evaluate(
+    model: Perceiver,
+    scenes: Sequence[Scene],
+    *,
+    batch: int,
+    device: torch.device | str,
+    precision: str,
+    postprocess: PostprocessConfig,
+    pool: ScorePool,
+    impl: str = "auto",
+    yardsticks: bool = True,
+) -> Evaluation:
+    """Score a model on scenes with ground truth.
+
+    Args:
+        pool: scores after the model is done; keep one for all evaluations of a run.
+        yardsticks: also score them, at twice the cost; they depend on scenes and `postprocess` only.
+    Raises:
+        ValueError: if there are no scenes or one has no ground truth; see also `predict_wireframes`.
+        RuntimeError: naming the scene whose scoring failed.
+    """
+    truths = [true_wireframe(scene) for scene in scenes]
+    predictions = predict_wireframes(
+        model, scenes, batch=batch, device=device, precision=precision, postprocess=postprocess, impl=impl
+    )
+    scores = _score(predictions, truths, scenes, pool)
+    rows = [
+        SceneRow(
+            scene.order_id,
+            *score,
+            predicted_vertices=len(prediction.vertices_V3),
+            true_vertices=len(truth.vertices_V3),
+            predicted_edges=len(prediction.edges_E2),
+            true_edges=len(truth.edges_E2),
+        )
+        for scene, score, prediction, truth in zip(scenes, scores, predictions, truths, strict=True)
+    ]
+    return Evaluation(
+        rows=rows,
+        summary=summarize(scores),
+        yardsticks=measure_yardsticks(scenes, postprocess=postprocess, pool=pool) if yardsticks else {},
+    )
+
+
+def measure_yardsticks(
+    scenes: Sequence[Scene], *, postprocess: PostprocessConfig, pool: ScorePool
+) -> dict[str, Summary]:
+    """Score the truth through post-processing and the label-cluster heuristic.
+
+    Raises:
+        ValueError: if there are no scenes or one has no ground truth.
+    """
+    from train.heuristic import label_clusters
+
+    truths = [true_wireframe(scene) for scene in scenes]
+    processed = [segments_to_wireframe(scene.to_world(scene.gt_segments), scene, postprocess) for scene in scenes]
+    clusters = [label_clusters(scene) for scene in scenes]
+    return {
+        "truth_through_postprocessing": summarize(_score(processed, truths, scenes, pool)),
+        "label_clusters": summarize(_score(clusters, truths, scenes, pool)),
+    }
+
+
+def write_scores(
+    run_dir: Path,
+    evaluation: Evaluation,
+    *,
+    set_name: str,
+    source: str,
+    postprocess: PostprocessConfig,
+    checkpoint: Mapping[str, object] | None = None,
+) -> Path:
+    """Write an evaluation as JSON and CSV: `scores` for the dev set, `scores_validation` and `scores_test` else.
+
+    Args:
+        set_name: "dev", "validation" or "test".
+        source: URI of the scenes.
+        checkpoint: what is known of it, such as step and digest.
+    Returns:
+        The path of the JSON file.
+    Raises:
+        ValueError: if `set_name` is another one.
+        OSError: if the directory cannot be written; older files stay whole.
+    """
+    _check_set(set_name)
+    content = {
+        "set": SET_TITLES[set_name],
+        "source": source,
+        "scenes": len(evaluation.rows),
+        "checkpoint": dict(checkpoint) if checkpoint is not None else None,
+        "summary": evaluation.summary,
+        "yardsticks": evaluation.yardsticks,
+        "postprocess": asdict(postprocess),
+    }
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(SceneRow._fields)
+    writer.writerows(evaluation.rows)
+    path = Path(run_dir) / ("scores.json" if set_name == "dev" else f"scores_{set_name}.json")
+    write_atomically(path.with_suffix(".csv"), table.getvalue())
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader finds the old one or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def format_scores(evaluation: Evaluation, *, set_name: str) -> str:
+    """Return a table for people: the model, then the yardsticks, a column per field of the leaderboard."""
+    _check_set(set_name)
+    lines = {"model": evaluation.summary, **evaluation.yardsticks}
+    title = f"{SET_TITLES[set_name]}, {len(evaluation.rows)} scenes"
+    width = max(len(title), *map(len, lines))
+    rows = [f"{title:{width}}  {'  '.join(evaluation.summary)}"]
+    for name, summary in lines.items():
+        numbers = (f"{value:{len(key)}.4f}" for key, value in summary.items())
+        rows.append(f"{name.replace('_', ' '):{width}}  {'  '.join(numbers)}")
+    return "\n".join(rows)
+
+
+def evaluate_command(
+    model: Perceiver,
+    scenes: Sequence[Scene],
+    *,
+    set_name: str,
+    source: str,
+    run_dir: Path,
+    batch: int,
+    device: torch.device | str,
+    precision: str,
+    postprocess: PostprocessConfig,
+    workers: int,
+    impl: str = "auto",
+    checkpoint: Mapping[str, object] | None = None,
+) -> Evaluation:
+    """Evaluate with yardsticks, print the table, write the files: `python -m train evaluate`.
+
+    Raises:
+        ValueError, RuntimeError, OSError: see `evaluate` and `write_scores`.
+    """
+    _check_set(set_name)
+    with ScorePool(workers) as pool:
+        evaluation = evaluate(
+            model,
+            scenes,
+            batch=batch,
+            device=device,
+            precision=precision,
+            postprocess=postprocess,
+            impl=impl,
+            pool=pool,
+        )
+    path = write_scores(
+        run_dir, evaluation, set_name=set_name, source=source, postprocess=postprocess, checkpoint=checkpoint
+    )
+    print(format_scores(evaluation, set_name=set_name))
+    print(f"written to {path} and {path.with_suffix('.csv').name}")
+    return evaluation
+
+
+@torch.no_grad()
+def _forward(model: Perceiver, batch: SceneBatch, precision: str, impl: str) -> Segments:
+    with torch.autocast(batch.xyz_BT3.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return model(batch, impl=impl)
+
+
+def _to_wireframe(
+    endpoints_N23: np.ndarray, conf_N: np.ndarray, scene: Scene, postprocess: PostprocessConfig
+) -> Wireframe:
+    if not scene.point_count:
+        return fallback_wireframe()
+    try:
+        kept_K23 = endpoints_N23[keep_segments(conf_N, postprocess)]
+        return segments_to_wireframe(scene.to_world(kept_K23), scene, postprocess)
+    except ValueError as error:
+        raise ValueError(f"the prediction for scene {scene.order_id!r} cannot be used: {error}") from error
+
+
+def _score(predictions, truths, scenes, pool: ScorePool) -> list[Score]:
+    jobs = zip(scenes, predictions, truths, strict=True)
+    return pool.score(Job(scene.order_id, prediction, truth) for scene, prediction, truth in jobs)
+
+
+def _check_set(set_name: str) -> None:
+    if set_name not in SET_TITLES:
+        raise ValueError(f"set_name must be one of {', '.join(SET_TITLES)}, got {set_name!r}")

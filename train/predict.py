@@ -1,0 +1,74 @@
+"""Answers for scenes without truth, in the competition's format: `python -m train predict`.
+
+`submission.json` is a list of rows `order_id, wf_vertices, wf_edges, wf_classifications`: metres, pairs of vertex
+indices, and a class per edge, always 0, which the score does not read.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from perceiver.model import Perceiver
+from perceiver.scene import Scene
+from perceiver.wireframe import PostprocessConfig, Wireframe, fallback_wireframe
+from train.evaluate import predict_wireframes, write_atomically
+
+
+def predict_command(
+    model: Perceiver,
+    scenes: Sequence[Scene],
+    *,
+    out: Path,
+    batch: int,
+    device: torch.device | str,
+    precision: str,
+    postprocess: PostprocessConfig,
+    impl: str = "auto",
+    order_ids: Sequence[str] | None = None,
+) -> list[dict]:
+    """Predict all scenes and write the submission.
+
+    Args:
+        order_ids: every scene that must be answered, in the order of the rows; one that is not among `scenes`
+            (its data could not be read) gets the fallback. None: those of `scenes`.
+        out: path of the JSON file; replaced as a whole.
+    Returns:
+        The rows.
+    Raises:
+        ValueError: if an order_id occurs twice or a scene is not among `order_ids`; see also `predict_wireframes`.
+        OSError: if `out` cannot be written.
+    """
+    wanted = [scene.order_id for scene in scenes] if order_ids is None else list(order_ids)
+    _check_order_ids(wanted, scenes)
+    wireframes = predict_wireframes(
+        model, scenes, batch=batch, device=device, precision=precision, postprocess=postprocess, impl=impl
+    )
+    answers = {scene.order_id: wireframe for scene, wireframe in zip(scenes, wireframes, strict=True)}
+    rows = [submission_row(order_id, answers.get(order_id, fallback_wireframe())) for order_id in wanted]
+    write_atomically(Path(out), json.dumps(rows) + "\n")
+    print(f"{len(rows)} answers, {len(rows) - len(answers)} of them the fallback for want of data, written to {out}")
+    return rows
+
+
+def submission_row(order_id: str, wireframe: Wireframe) -> dict:
+    """Return one row of the submission as plain lists."""
+    return {
+        "order_id": order_id,
+        "wf_vertices": wireframe.vertices_V3.tolist(),
+        "wf_edges": wireframe.edges_E2.tolist(),
+        "wf_classifications": [0] * len(wireframe.edges_E2),
+    }
+
+
+def _check_order_ids(wanted: list[str], scenes: Sequence[Scene]) -> None:
+    for name, ids in (("order_ids", wanted), ("scenes", [scene.order_id for scene in scenes])):
+        seen: set[str] = set()
+        for order_id in ids:
+            if order_id in seen:
+                raise ValueError(f"{name} must name each scene once, got {order_id!r} twice")
+            seen.add(order_id)
+    unwanted = [scene.order_id for scene in scenes if scene.order_id not in set(wanted)]
+    if unwanted:
+        raise ValueError(f"order_ids must name every scene, got no {unwanted[0]!r}")
