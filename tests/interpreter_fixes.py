@@ -16,7 +16,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 
 def install() -> None:
     """Patch the interpreter of this process."""
-    for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_rsqrt", "create_erf", "create_dot"):
+    for name in ("binary_op", "unary_op", "create_fma", "create_dot"):
         setattr(InterpreterBuilder, name, _through_float32(getattr(InterpreterBuilder, name)))
     InterpreterBuilder.cast_impl = _cast(InterpreterBuilder.cast_impl)
     InterpreterBuilder.create_fp_to_fp = _round_to_bf16(InterpreterBuilder.create_fp_to_fp)
@@ -57,7 +57,7 @@ def _through_float32(method):
         result = method(self, *map(_widen_handle, arguments))
         if result.data.dtype == np.bool_:
             return TensorHandle(result.data, tl.int1)
-        # the last operand has the type of the result: the right side, the third of three, the accumulator of a dot
+        # the last operand has the type of the result: the right side, the addend, the accumulator of a dot
         return TensorHandle(narrow(result.data), tl.bfloat16) if _is_bf16(handles[-1]) else result
 
     return wrapped
