@@ -15,7 +15,6 @@ CPU that shares its cores between training and scoring both become many times sl
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,11 +34,12 @@ from perceiver.wireframe import (
     segments_to_wireframe,
     true_wireframe,
 )
+from train.checkpoint import write_atomically
+from train.determinism import Machine
 
 Summary = dict[str, float]
 
 SET_TITLES = {"dev": "dev", "validation": "official validation", "test": "public test"}
-PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 class SceneRow(NamedTuple):
@@ -68,35 +68,29 @@ def predict_wireframes(
     model: Perceiver,
     scenes: Sequence[Scene],
     *,
+    machine: Machine,
     batch: int,
-    device: torch.device | str,
-    precision: str,
     postprocess: PostprocessConfig,
-    impl: str = "auto",
 ) -> list[Wireframe]:
     """Predict the wireframe of each scene; one without a valid point gets the fallback.
 
     Args:
-        model: on `device`; its training mode is restored.
+        model: on the machine's device; its training mode is restored.
         scenes: of equal point number; their ground truth is not read.
         batch: scenes per forward pass.
-        precision: "bf16" runs the model under autocast; the others leave the products as the process is set up.
-        impl: of the operators.
     Raises:
-        ValueError: if `batch` or `precision` is out of range, or a prediction is not finite (names the scene).
-    Determinism: equal model, scenes, batch and device give equal bits.
+        ValueError: if `batch` is below 1, or a prediction is not finite (names the scene).
+    Determinism: equal model, scenes, batch and machine give equal bits.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     was_training = model.training
     model.eval()
     wireframes = []
     try:
         for start in range(0, len(scenes), batch):
             chunk = scenes[start : start + batch]
-            segments = _forward(model, stack_scenes(chunk).to(device), precision, impl)
+            segments = _forward(model, stack_scenes(chunk), machine)
             endpoints_BN23 = segments.endpoints().double().cpu().numpy()
             conf_BN = segments.conf_BN.double().cpu().numpy()
             wireframes += [
@@ -111,12 +105,10 @@ def evaluate(
     model: Perceiver,
     scenes: Sequence[Scene],
     *,
+    machine: Machine,
     batch: int,
-    device: torch.device | str,
-    precision: str,
     postprocess: PostprocessConfig,
     pool: ScorePool,
-    impl: str = "auto",
     yardsticks: bool = True,
 ) -> Evaluation:
     """Score a model on scenes with ground truth.
@@ -129,9 +121,7 @@ def evaluate(
         RuntimeError: naming the scene whose scoring failed.
     """
     truths = [true_wireframe(scene) for scene in scenes]
-    predictions = predict_wireframes(
-        model, scenes, batch=batch, device=device, precision=precision, postprocess=postprocess, impl=impl
-    )
+    predictions = predict_wireframes(model, scenes, machine=machine, batch=batch, postprocess=postprocess)
     scores = _score(predictions, truths, scenes, pool)
     rows = [
         SceneRow(
@@ -206,16 +196,9 @@ def write_scores(
     writer.writerow(SceneRow._fields)
     writer.writerows(evaluation.rows)
     path = Path(run_dir) / ("scores.json" if set_name == "dev" else f"scores_{set_name}.json")
-    write_atomically(path.with_suffix(".csv"), table.getvalue())
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    write_atomically(path.with_suffix(".csv"), table.getvalue().encode())
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
     return path
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the old one or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def format_scores(evaluation: Evaluation, *, set_name: str) -> str:
@@ -238,12 +221,10 @@ def evaluate_command(
     set_name: str,
     source: str,
     run_dir: Path,
+    machine: Machine,
     batch: int,
-    device: torch.device | str,
-    precision: str,
     postprocess: PostprocessConfig,
     workers: int,
-    impl: str = "auto",
     checkpoint: Mapping[str, object] | None = None,
 ) -> Evaluation:
     """Evaluate with yardsticks, print the table, write the files: `python -m train evaluate`.
@@ -253,28 +234,20 @@ def evaluate_command(
     """
     _check_set(set_name)
     with ScorePool(workers) as pool:
-        evaluation = evaluate(
-            model,
-            scenes,
-            batch=batch,
-            device=device,
-            precision=precision,
-            postprocess=postprocess,
-            impl=impl,
-            pool=pool,
-        )
+        evaluation = evaluate(model, scenes, machine=machine, batch=batch, postprocess=postprocess, pool=pool)
+    # printed before a full disk can lose it
+    print(format_scores(evaluation, set_name=set_name))
     path = write_scores(
         run_dir, evaluation, set_name=set_name, source=source, postprocess=postprocess, checkpoint=checkpoint
     )
-    print(format_scores(evaluation, set_name=set_name))
     print(f"written to {path} and {path.with_suffix('.csv').name}")
     return evaluation
 
 
 @torch.no_grad()
-def _forward(model: Perceiver, batch: SceneBatch, precision: str, impl: str) -> Segments:
-    with torch.autocast(batch.xyz_BT3.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return model(batch, impl=impl)
+def _forward(model: Perceiver, batch: SceneBatch, machine: Machine) -> Segments:
+    with machine.autocast():
+        return model(batch.to(machine.device), impl=machine.impl)
 
 
 def _to_wireframe(

@@ -8,12 +8,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from perceiver.model import Perceiver
 from perceiver.scene import Scene
 from perceiver.wireframe import PostprocessConfig, Wireframe, fallback_wireframe
-from train.evaluate import predict_wireframes, write_atomically
+from train.checkpoint import write_atomically
+from train.determinism import Machine
+from train.evaluate import predict_wireframes
 
 
 def predict_command(
@@ -21,11 +21,9 @@ def predict_command(
     scenes: Sequence[Scene],
     *,
     out: Path,
+    machine: Machine,
     batch: int,
-    device: torch.device | str,
-    precision: str,
     postprocess: PostprocessConfig,
-    impl: str = "auto",
     order_ids: Sequence[str] | None = None,
 ) -> list[dict]:
     """Predict all scenes and write the submission.
@@ -42,12 +40,10 @@ def predict_command(
     """
     wanted = [scene.order_id for scene in scenes] if order_ids is None else list(order_ids)
     _check_order_ids(wanted, scenes)
-    wireframes = predict_wireframes(
-        model, scenes, batch=batch, device=device, precision=precision, postprocess=postprocess, impl=impl
-    )
+    wireframes = predict_wireframes(model, scenes, machine=machine, batch=batch, postprocess=postprocess)
     answers = {scene.order_id: wireframe for scene, wireframe in zip(scenes, wireframes, strict=True)}
     rows = [submission_row(order_id, answers.get(order_id, fallback_wireframe())) for order_id in wanted]
-    write_atomically(Path(out), json.dumps(rows) + "\n")
+    write_atomically(Path(out), (json.dumps(rows) + "\n").encode())
     print(f"{len(rows)} answers, {len(rows) - len(answers)} of them the fallback for want of data, written to {out}")
     return rows
 
