@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import sinkhorn_eager
 from kernels.dispatch import resolve, values_are_readable
 
 MAX_SIZE = 2048
@@ -49,17 +50,10 @@ def sinkhorn(
     """Solve a batch of ragged transport problems by Sinkhorn's iteration, differentiably."""
     _check(cost_BNM, rows_B, cols_B, eps, iterations, dustbin, slack, log_a_BN, log_b_BM, _path)
     impl = resolve(impl, cost_BNM.device)
-    return sinkhorn_reference(
-        cost_BNM,
-        rows_B=rows_B,
-        cols_B=cols_B,
-        eps=eps,
-        iterations=iterations,
-        dustbin=dustbin,
-        slack=slack,
-        log_a_BN=log_a_BN,
-        log_b_BM=log_b_BM,
-    )
+    if isinstance(dustbin, float | int):
+        dustbin = cost_BNM.new_full((), dustbin, dtype=_inner(cost_BNM.dtype))
+    marginals = (rows_B, cols_B, dustbin, log_a_BN, log_b_BM)
+    return Transport(*sinkhorn_forward(cost_BNM, *marginals, eps, iterations, slack, _path, impl)[:3])
 
 
 def sinkhorn_reference(
@@ -75,21 +69,31 @@ def sinkhorn_reference(
     log_b_BM: Tensor | None = None,
 ) -> Transport:
     """Compute the formula of this module in the log domain with autograd, in any float dtype: the meaning."""
-    B, N, M = cost_BNM.shape
+    N, M = cost_BNM.shape[1:]
     log_a, log_b, total_B = log_masses(cost_BNM, rows_B, cols_B, dustbin is not None, slack, log_a_BN, log_b_BM)
-    valid = (log_a > -math.inf)[:, :, None] & (log_b > -math.inf)[:, None]
-
-    # the bin is the last row and the last column
-    z = torch.as_tensor(0.0 if dustbin is None else dustbin).to(cost_BNM) / -eps
-    Z = torch.where(valid[:, :N, :M], cost_BNM, 0) / -eps
-    Z = torch.cat([torch.cat([Z, z.expand(B, N, 1)], 2), z.expand(B, 1, M + 1)], 1)
-
+    valid = (log_a != -math.inf)[:, :, None] & (log_b != -math.inf)[:, None]
+    Z = _exponents(cost_BNM, valid, dustbin, eps)
     v = torch.zeros_like(log_b)
     for _ in range(iterations):
         u = _half_step(log_a, Z + v[:, None], valid, 2)
         v = _half_step(log_b, Z + u[:, :, None], valid, 1)
     P = total_B[:, None, None] * torch.exp((Z + u[:, :, None] + v[:, None]).masked_fill(~valid, -math.inf))
     return Transport(P[:, :N, :M], P[:, :N, M], P[:, N, :M])
+
+
+def _exponents(cost_BNM: Tensor, valid: Tensor, dustbin: Tensor | float | None, eps: float) -> Tensor:
+    """Return Z [B, N+1, M+1]: -cost / eps, the bin as the last row and the last column, 0 in the padding."""
+    B, N, M = cost_BNM.shape
+    z = torch.as_tensor(0.0 if dustbin is None else dustbin).to(cost_BNM) / -eps
+    Z = torch.where(valid[:, :N, :M], cost_BNM, 0) / -eps
+    return torch.cat([torch.cat([Z, z.expand(B, N, 1)], 2), z.expand(B, 1, M + 1)], 1)
+
+
+def _half_step(log_mass: Tensor, x: Tensor, valid: Tensor, dim: int) -> Tensor:
+    """Return log mass - LSE of x over its valid entries; 0 where there is none."""
+    some = valid.any(dim)
+    x = torch.where(valid, x, -math.inf)
+    return torch.where(some, log_mass - torch.logsumexp(torch.where(some.unsqueeze(dim), x, 0), dim), 0)
 
 
 def log_masses(
@@ -109,6 +113,9 @@ def log_masses(
     log_a = _uniform(n, N, total if has_bin and not weighted else n) if log_a_BN is None else log_a_BN.to(cost_BNM)
     log_b = _uniform(m, M, total if has_bin and not weighted else m) if log_b_BM is None else log_b_BM.to(cost_BNM)
     if not has_bin:
+        # an item with an empty side has nowhere to send its mass
+        both = ~(log_a == -math.inf).all(1) & ~(log_b == -math.inf).all(1)
+        log_a, log_b = log_a.masked_fill(~both[:, None], -math.inf), log_b.masked_fill(~both[:, None], -math.inf)
         a_bin = b_bin = torch.full_like(n, -math.inf)
     elif weighted:
         a_bin, b_bin = _log_total(log_b), _log_total(log_a)
@@ -131,16 +138,133 @@ def _uniform(count_B: Tensor, size: int, total_B: Tensor) -> Tensor:
 
 def _log_total(log_mass: Tensor) -> Tensor:
     """Return log sum exp over the last axis; -inf, without a gradient, where nothing has mass."""
-    some = (log_mass > -math.inf).any(1) | log_mass.isnan().any(1)
-    total = torch.logsumexp(torch.where(some[:, None], log_mass, 0), 1) if log_mass.shape[1] else log_mass.sum(1)
+    some = ~(log_mass == -math.inf).all(1)
+    total = torch.logsumexp(torch.where(some[:, None], log_mass, 0), 1)
     return torch.where(some, total, -math.inf)
 
 
-def _half_step(log_mass: Tensor, x: Tensor, valid: Tensor, dim: int) -> Tensor:
-    """Return log mass - LSE of x over its valid entries; 0 where there is none."""
-    some = valid.any(dim)
-    x = torch.where(valid, x, -math.inf)
-    return torch.where(some, log_mass - torch.logsumexp(torch.where(some.unsqueeze(dim), x, 0), dim), 0)
+@torch.library.custom_op("ridgeline::sinkhorn_forward", mutates_args=())
+def sinkhorn_forward(
+    cost: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    dustbin: Tensor | None,
+    log_a: Tensor | None,
+    log_b: Tensor | None,
+    eps: float,
+    iterations: int,
+    slack: str,
+    path: str,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return plan, row slack, column slack, (u, v) of every iteration [B, T, N+1 + M+1] and who scales [B]."""
+    N, M = cost.shape[1:]
+    Z, log_mass_a, log_mass_b, total, shift = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack)
+    P, potentials, scales = sinkhorn_eager.solve(Z, log_mass_a, log_mass_b, iterations, shift, path)
+    P = (P * total).to(cost.dtype)
+    return P[:, :N, :M].contiguous(), P[:, :N, M].contiguous(), P[:, N, :M].contiguous(), potentials, scales
+
+
+@torch.library.custom_op("ridgeline::sinkhorn_backward", mutates_args=())
+def sinkhorn_backward(
+    grad_plan: Tensor,
+    grad_row_slack: Tensor,
+    grad_col_slack: Tensor,
+    cost: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    dustbin: Tensor | None,
+    log_a: Tensor | None,
+    log_b: Tensor | None,
+    potentials: Tensor,
+    scales: Tensor,
+    eps: float,
+    slack: str,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of cost, dustbin [B], log a [B, N] and log b [B, M], item by item."""
+    N, M = cost.shape[1:]
+    Z, log_mass_a, log_mass_b, total, shift = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack)
+    G = torch.zeros_like(Z)
+    G[:, :N, :M], G[:, :N, M], G[:, N, :M] = grad_plan, grad_row_slack, grad_col_slack
+    grad_Z, grad_a, grad_b = sinkhorn_eager.reverse(G * total, Z, log_mass_a, log_mass_b, shift, potentials, scales)
+    grad_cost = (grad_Z[:, :N, :M] / -eps).to(cost.dtype)
+    grad_dustbin = (grad_Z[:, :, M].sum(1) + grad_Z[:, N, :M].sum(1)) / -eps
+    # with weights a bin's mass is the total of the other side
+    return (
+        grad_cost,
+        grad_dustbin,
+        grad_a[:, :N] + _share(log_mass_a[:, :N], log_mass_b[:, M:]) * grad_b[:, M:],
+        grad_b[:, :M] + _share(log_mass_b[:, :M], log_mass_a[:, N:]) * grad_a[:, N:],
+    )
+
+
+def _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack):
+    """Return Z, log a, log b with their bins, the plan's factor [B, 1, 1] and the shift that the eager form takes."""
+    cost = cost.to(_inner(cost.dtype))
+    log_a, log_b, total = log_masses(cost, rows, cols, dustbin is not None, slack, log_a, log_b)
+    valid = (log_a != -math.inf)[:, :, None] & (log_b != -math.inf)[:, None]
+    Z = _exponents(cost, valid, dustbin, eps)
+    shift = Z[0, -1, -1] if dustbin is not None and slack == "full" and len(Z) else None
+    return Z, log_a, log_b, total[:, None, None], shift
+
+
+def _share(log_mass: Tensor, log_total: Tensor) -> Tensor:
+    """Return mass / total, 0 where there is no mass or no bin."""
+    return torch.where((log_mass == -math.inf) | (log_total == -math.inf), 0, torch.exp(log_mass - log_total))
+
+
+def _inner(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@sinkhorn_forward.register_fake
+def _(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack, path, impl):
+    B, N, M = cost.shape
+    return (
+        cost.new_empty(B, N, M),
+        cost.new_empty(B, N),
+        cost.new_empty(B, M),
+        cost.new_empty(B, iterations, N + M + 2, dtype=_inner(cost.dtype)),
+        cost.new_empty(B, dtype=torch.bool),
+    )
+
+
+@sinkhorn_backward.register_fake
+def _(grad_plan, grad_row_slack, grad_col_slack, cost, *rest):
+    (B, N, M), dtype = cost.shape, _inner(cost.dtype)
+    return (
+        cost.new_empty(B, N, M),
+        cost.new_empty(B, dtype=dtype),
+        cost.new_empty(B, N, dtype=dtype),
+        cost.new_empty(B, M, dtype=dtype),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.eps, _, ctx.slack, _, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, *output[3:])
+    ctx.mark_non_differentiable(*output[3:])
+
+
+def _backward(ctx, grad_plan, grad_row_slack, grad_col_slack, *_):
+    saved = ctx.saved_tensors
+    grad_cost, grad_dustbin, grad_log_a, grad_log_b = sinkhorn_backward(
+        grad_plan, grad_row_slack, grad_col_slack, *saved, ctx.eps, ctx.slack, ctx.impl
+    )
+    dustbin, log_a, log_b = saved[3:6]
+    return (
+        grad_cost,
+        None,
+        None,
+        None if dustbin is None else grad_dustbin.sum().to(dustbin.dtype),
+        None if log_a is None else grad_log_a.to(log_a.dtype),
+        None if log_b is None else grad_log_b.to(log_b.dtype),
+        *[None] * 5,
+    )
+
+
+sinkhorn_forward.register_autograd(_backward, setup_context=_save)
 
 
 def _check(cost, rows, cols, eps, iterations, dustbin, slack, log_a, log_b, path) -> None:
