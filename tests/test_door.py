@@ -1,0 +1,205 @@
+"""The door, on a copy of itself in a folder with a space in its name; its interpreters only write down their calls."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("demo", "again", "s23dr", "test", "bench", "gpu", "doctor", "help")
+
+# answers every probe, and on `-m venv` leaves a .venv whose python writes down its calls as well
+WORKING = """#!/bin/bash
+echo "$(basename "$0") $*" | tr '\\n' ' ' | cut -c1-100 >>"$CALLS"
+if [[ "$*" == *"-m $BREAK"* ]]; then exit 3; fi
+if [[ "$1 $2" == "-m venv" ]]; then rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; fi
+"""
+SHIM = "#!/bin/sh\necho 'shim: no interpreter behind this name' >&2\nexit 127\n"
+
+
+class Door:
+    def __init__(self, folder: Path):
+        self.home, self.bin = folder / "a copy", folder / "bin"
+        self.calls_file = folder / "calls"
+        self.home.mkdir()
+        self.bin.mkdir()
+        for name in ("reproduce.sh", "constraints.txt", "setup.py"):
+            shutil.copy(ROOT / name, self.home / name)
+        for name in ("python3.12", "python3.11", "python3"):
+            self.install(name, SHIM)
+
+    def install(self, name: str, script: str) -> Path:
+        path = self.bin / name
+        path.write_text(script)
+        path.chmod(0o755)
+        return path
+
+    def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        environment = {
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "CALLS": str(self.calls_file),
+            "BREAK": "nothing",
+        } | environment
+        door = ["bash", str(self.home / "reproduce.sh"), *arguments]
+        return subprocess.run(door, cwd="/", env=environment, check=False, capture_output=True, text=True)
+
+    def calls(self) -> list[str]:
+        """The calls since the last time this was asked, without probes."""
+        lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        self.calls_file.unlink(missing_ok=True)
+        return [line.strip() for line in lines if " -c " not in line]
+
+
+@pytest.fixture
+def door(tmp_path):
+    return Door(tmp_path)
+
+
+def test_the_script_parses():
+    subprocess.run(["bash", "-n", str(ROOT / "reproduce.sh")], check=True)
+
+
+def test_help_lists_each_command_and_makes_nothing(door):
+    answer = door("help")
+    assert answer.returncode == 0
+    assert re.findall(r"^  ([a-z0-9]+) ", answer.stdout, re.MULTILINE) == list(COMMANDS)
+    assert not (door.home / ".venv").exists()
+
+
+def test_an_unknown_command_exits_2_with_usage(door):
+    answer = door("dmeo")
+    assert answer.returncode == 2
+    assert "unknown command 'dmeo'" in answer.stderr and "Usage:" in answer.stderr and answer.stdout == ""
+
+
+def test_candidates_that_do_not_run_are_named_with_the_cure(door):
+    answer = door("demo")
+    assert answer.returncode == 1
+    for text in ("tried python3.12: no interpreter behind", "tried python3.11", "tried python3:", "python3-venv"):
+        assert text in answer.stderr
+    assert not (door.home / ".venv").exists()
+
+
+def test_an_interpreter_of_another_version_is_refused_with_its_version(door):
+    door.install("python3", '#!/bin/sh\necho "is 3.9, must be 3.11 or 3.12" >&2\nexit 1\n')
+    answer = door("demo")
+    assert answer.returncode == 1 and "tried python3: is 3.9" in answer.stderr
+
+
+def test_the_first_candidate_that_runs_makes_the_environment_from_the_pins(door):
+    door.install("python3.11", WORKING)
+    assert door("doctor").returncode == 0
+    made, installed, ran = door.calls()
+    assert made == "python3.11 -m venv --clear .venv"
+    assert installed.startswith("python -m pip install") and "constraints.txt" in installed
+    assert ran == "python -m train.doctor"
+
+
+def test_a_named_interpreter_is_the_only_candidate(door, tmp_path):
+    door.install("python3.12", WORKING)
+    own = tmp_path / "my python"
+    own.write_text(WORKING)
+    own.chmod(0o755)
+    assert door("doctor", REPRODUCE_PYTHON=str(own)).returncode == 0
+    assert door.calls()[0] == "my python -m venv --clear .venv"
+    answer = door("doctor", REPRODUCE_PYTHON="/nowhere/python")
+    assert answer.returncode == 1 and "tried /nowhere/python" in answer.stderr and "python3.12" not in answer.stderr
+
+
+def test_the_environment_is_made_once(door):
+    door.install("python3", WORKING)
+    door("doctor")
+    door.calls()
+    door("doctor")
+    assert door.calls() == ["python -m train.doctor"]
+
+
+@pytest.mark.parametrize("change", ["pins", "package", "stamp", "interpreter"])
+def test_a_stale_or_half_made_environment_is_made_anew(door, change):
+    door.install("python3", WORKING)
+    door("doctor")
+    door.calls()
+    if change == "pins":
+        (door.home / "constraints.txt").write_text("torch==2.12.0\n")
+    elif change == "package":
+        (door.home / "setup.py").write_text("")
+    elif change == "stamp":
+        (door.home / ".venv" / "reproduce.stamp").unlink()
+    else:
+        (door.home / ".venv" / "bin" / "python").unlink()
+    assert door("doctor").returncode == 0
+    assert door.calls()[0] == "python3 -m venv --clear .venv"
+
+
+def test_an_install_that_fails_leaves_no_stamp_and_is_tried_again(door):
+    door.install("python3", WORKING)
+    answer = door("demo", BREAK="pip")
+    assert answer.returncode == 1 and "could not install constraints.txt" in answer.stderr
+    door.calls()
+    assert door("demo").returncode == 0
+    assert door.calls()[0] == "python3 -m venv --clear .venv"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["-m train run --recipe demo", "-m train.report runs/demo"]),
+        (["demo", "--seed", "4"], ["-m train run --recipe demo --seed 4", "-m train.report runs/demo"]),
+        (["s23dr"], ["-m train run --recipe s23dr", "-m train.report runs/s23dr"]),
+        (
+            ["again"],
+            [
+                "-m train run --recipe demo",
+                "-m train.report runs/demo",
+                "-m train run --recipe demo --name demo-again",
+                "-m train compare runs/demo runs/demo-again",
+            ],
+        ),
+        (
+            ["again", "s23dr"],
+            [
+                "-m train run --recipe s23dr",
+                "-m train.report runs/s23dr",
+                "-m train run --recipe s23dr --name s23dr-again",
+                "-m train compare runs/s23dr runs/s23dr-again",
+            ],
+        ),
+        (["test"], ["-m pytest -n 2", "-m bench.static --check"]),
+        (["bench"], ["-m bench"]),
+    ],
+)
+def test_each_command_runs_what_it_says(door, arguments, expected):
+    door.install("python3", WORKING)
+    assert door(*arguments).returncode == 0
+    assert door.calls()[2:] == [f"python {call}" for call in expected]
+
+
+def test_a_failing_step_ends_the_command_with_its_exit_code(door):
+    door.install("python3", WORKING)
+    assert door("again", BREAK="train run").returncode == 3
+    assert door.calls()[2:] == ["python -m train run --recipe demo"]
+
+
+def test_gpu_takes_the_first_python_that_has_torch_and_installs_nothing(door):
+    answer = door("gpu")
+    assert answer.returncode == 1 and "tried .venv/bin/python" in answer.stderr and "tried python3:" in answer.stderr
+    door.install("python3", WORKING)
+    assert door("gpu", "--out", "results").returncode == 0
+    assert door.calls() == ["python3 -m bench.gpu --out results"]
+
+
+def test_the_environment_of_the_caller_does_not_reach_python(door):
+    door.install("python3", '#!/bin/sh\necho "path=$PYTHONPATH venv=$PYTHONHOME" >>"$CALLS"\n')
+    door("gpu", PYTHONPATH="/elsewhere", PYTHONHOME="/elsewhere")
+    assert set(door.calls()) == {"path= venv="}
+
+
+def test_continuous_integration_calls_the_door(door):
+    (door.home / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", door.home / ".ci" / "run")
+    door.install("python3", WORKING)
+    environment = {"PATH": f"{door.bin}:/usr/bin:/bin", "CALLS": str(door.calls_file), "BREAK": "nothing", "CI": "true"}
+    subprocess.run([str(door.home / ".ci" / "run")], cwd="/", env=environment, check=True, stdin=subprocess.DEVNULL)
+    assert door.calls()[2:] == ["python -m pytest -n 2", "python -m bench.static --check"]
