@@ -20,7 +20,8 @@ from perceiver.wireframe import PostprocessConfig
 from train.augment import AugmentConfig
 from train.optim import OptimConfig
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,11 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is kept out of training, beside the dev sets of all stages."""
+    """What is kept out of training, beside the dev sets of all stages.
+
+    bad_samples: a file of order_ids, relative to the repository. published_split: keep only a stage's own dev set out.
+    strict: stop at a row that cannot be decoded instead of leaving it out.
+    """
 
     bad_samples: str | None = None
     published_split: bool = False

@@ -88,14 +88,15 @@ class RunDirectory:
     def cut_logs(self, step: int) -> None:
         """Drop what the logs say of steps after `step`, and a line that a crash left half-written."""
         for path in sorted(self.path.glob("*.jsonl")):
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+            kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
             write_atomically(path, "".join(kept).encode())
 
     def read(self, log: str) -> list[Mapping[str, Any]]:
         """The lines of `<log>.jsonl`; empty where there is no such file."""
         path = self.path / f"{log}.jsonl"
-        return [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
+        return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
 
 
-def _whole_lines(path: Path) -> list[str]:
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a log, without one that a crash left half-written."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

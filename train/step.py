@@ -67,3 +67,15 @@ def update(
     set_learning_rate(optimizer, learning_rate(step, stage))
     optimizer.step()
     return StepResult(loss._replace(total=loss.total.detach()), grad_norm)
+
+
+@torch.no_grad()
+def mean_loss(model: Perceiver, rows: SceneBatch, *, recipe: Recipe, machine: Machine, endpoint_weight: float) -> float:
+    """Return the loss of the first `recipe.evaluate.scenes` rows as they are: no augmentation, no dropout."""
+    total, count = 0.0, min(len(rows), recipe.evaluate.scenes)
+    for begin in range(0, count, recipe.evaluate.batch):
+        index_B = torch.arange(begin, min(begin + recipe.evaluate.batch, count), device=rows.scene_B.device)
+        batch = rows.rows(index_B).to(machine.device)
+        _, loss = predict_and_compare(model, batch, recipe, machine, endpoint_weight=endpoint_weight)
+        total += float(loss.total) * len(index_B)
+    return total / count

@@ -1,0 +1,151 @@
+"""The command line: python -m train run | evaluate | predict | compare."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# cuBLAS reads it when CUDA starts, which may be before the recipe is known
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from train.checkpoint import CheckpointError
+from train.compare import compare_runs
+from train.config import Recipe, load_recipe
+from train.data import load_scenes
+from train.determinism import EnvironmentRefused, enter
+from train.evaluate import SET_TITLES, evaluate_command
+from train.loop import RunDiverged, RunStopped, run
+from train.predict import predict_command
+from train.rundir import RunRefused
+from train.starting_point import load_model, load_start
+
+_REFUSALS = (ValueError, RunRefused, RunDiverged, EnvironmentRefused, CheckpointError, OSError, RuntimeError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0 yes, 1 no or refused, 2 misused, 130 and 143 stopped by a signal."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "run":
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        return options.action(options, rest)
+    except RunStopped as stop:
+        print(f"\n{stop}. Run the same command again to go on.", file=sys.stderr)
+        return stop.exit_code
+    except _REFUSALS as error:
+        print(f"train {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m train", description="Train, score and compare runs.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | evaluate | predict | compare")
+
+    sub = commands.add_parser(
+        "run", help="train a recipe; every value of it is a flag, see run --recipe NAME --help-recipe"
+    )
+    sub.add_argument("--recipe", default="demo", help="a name in configs/, or a path to a .json file (default: demo)")
+    sub.add_argument("--name", help="name of the run's directory (default: the recipe's name)")
+    sub.add_argument("--runs", type=Path, default=Path("runs"), help="directory of all runs (default: runs)")
+    sub.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="start from these weights")
+    sub.add_argument("--start-stage", type=int, default=1, metavar="K", help="with --from: the first stage to train")
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+    sub.add_argument("--help-recipe", action="store_true", help="list the recipe's values and their flags")
+    sub.set_defaults(action=_run)
+
+    sub = commands.add_parser("evaluate", help="score a run or a checkpoint on a set with ground truth")
+    _add_model_options(sub)
+    sub.add_argument("--set", choices=sorted(SET_TITLES), default="dev", help="what the set is called (default: dev)")
+    sub.add_argument("--out", type=Path, help="directory for scores.json and scores.csv (default: the run's)")
+    sub.add_argument("--workers", type=int, default=2, help="processes that score (default: 2)")
+    sub.set_defaults(action=_evaluate)
+
+    sub = commands.add_parser("predict", help="write submission.json for a set")
+    _add_model_options(sub)
+    sub.add_argument("--out", type=Path, default=Path("submission.json"))
+    sub.set_defaults(action=_predict)
+
+    sub = commands.add_parser("compare", help="are two runs identical? exit code 0 only if every bit is")
+    sub.add_argument("run_a", type=Path)
+    sub.add_argument("run_b", type=Path)
+    sub.set_defaults(action=_compare)
+    return parser
+
+
+def _add_model_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", type=Path, help="a run directory, one of its checkpoints, or the published checkpoint.pt")
+    sub.add_argument("--data", required=True, help="URI of the scenes, for example roofs:easy#dev or parquet:DIR#dev")
+    sub.add_argument("--batch", type=int, default=32)
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    sub.add_argument("--precision", default="auto", choices=("auto", "fp32", "tf32", "bf16"))
+    sub.add_argument("--threads", type=int, default=2, help="of the CPU; part of the bits (default: 2)")
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    recipe = load_recipe(options.recipe)
+    if rest or options.help_recipe:
+        recipe = _override(recipe, ["--help"] if options.help_recipe else rest)
+    run_dir = options.runs / (options.name or recipe.name)
+    start = load_start(options.start, options.start_stage, recipe) if options.start else None
+    trained = run(recipe, run_dir, start=start, device=options.device, progress=not options.quiet)
+    print(f"{'complete' if trained else 'already complete'}: {run_dir}")
+    return 0
+
+
+def _override(recipe: Recipe, flags: list[str]) -> Recipe:
+    """Apply `--field value` flags to a recipe."""
+    try:
+        import tyro
+    except ImportError as error:
+        raise ValueError(f"changing a recipe on the command line ({flags[0]}) needs the package tyro") from error
+    return tyro.cli(Recipe, default=recipe, args=flags, prog="python -m train run")
+
+
+def _evaluate(options: argparse.Namespace, _rest: list[str]) -> int:
+    loaded = load_model(options.model)
+    machine = enter(threads=options.threads, precision=options.precision, impl="auto", device=options.device)
+    out = options.out or (options.model if options.model.is_dir() else options.model.parent)
+    evaluate_command(
+        loaded.model.to(machine.device),
+        load_scenes(options.data),
+        set_name=options.set,
+        source=options.data,
+        run_dir=out,
+        machine=machine,
+        batch=options.batch,
+        postprocess=loaded.postprocess,
+        workers=options.workers,
+        checkpoint=loaded.record,
+    )
+    return 0
+
+
+def _predict(options: argparse.Namespace, _rest: list[str]) -> int:
+    loaded = load_model(options.model)
+    machine = enter(threads=options.threads, precision=options.precision, impl="auto", device=options.device)
+    predict_command(
+        loaded.model.to(machine.device),
+        load_scenes(options.data, truth=False),
+        out=options.out,
+        machine=machine,
+        batch=options.batch,
+        postprocess=loaded.postprocess,
+    )
+    return 0
+
+
+def _compare(options: argparse.Namespace, _rest: list[str]) -> int:
+    comparison = compare_runs(options.run_a, options.run_b)
+    print(comparison.sentence)
+    for difference in comparison.differences[:20]:
+        print(f"  {difference}")
+    if len(comparison.differences) > 20:
+        print(f"  and {len(comparison.differences) - 20} more")
+    return 0 if comparison.identical else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""A run: three stages, one step counter, one loop. The only file that sees the whole recipe.
+
+The state is (weights, optimizer, step); everything else, from the batch to the dropout mask, is a function of the step
+and the recipe. A run can therefore stop anywhere and go on from its checkpoint with the bits of a run that never
+stopped: its logs are cut back to the checkpoint and written again.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from perceiver.model import Perceiver
+from perceiver.score import ScorePool
+from train.checkpoint import Checkpoint, load_newest, save_checkpoint, tensors_digest
+from train.config import ROOT, Recipe, StageConfig, recipe_to_dict
+from train.data import StageData, load_stage_data
+from train.determinism import Machine, enter
+from train.evaluate import Evaluation, evaluate, format_scores, write_scores
+from train.examples import write_examples
+from train.optim import build_optimizer
+from train.order import batch_indices, batches_per_epoch, epoch_order
+from train.rundir import RunDirectory, RunRefused
+from train.signals import RunStopped, signals_noted
+from train.speed import StepClock
+from train.starting_point import StartPoint
+from train.step import StepResult, mean_loss, update
+
+COLLAPSED_MASS = 0.05
+MAX_TEMPERATURE = 55.0
+# a certificate replays the last updates of a stage from the state saved before them
+TAIL_STEPS = 20
+
+
+class RunDiverged(RuntimeError):
+    """Training cannot go on: says what was seen and what usually causes it."""
+
+
+def run(
+    recipe: Recipe,
+    run_dir: str | Path,
+    *,
+    start: StartPoint | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Train a recipe in a directory, from its checkpoint where there is one.
+
+    Args:
+        recipe: what to train.
+        run_dir: made if it is not there; holds one run of one recipe.
+        start: partial reproduction, from given weights at the beginning of a stage; ignored once there is a checkpoint.
+        device: "cpu", "cuda", "cuda:N"; None takes a GPU where there is one.
+        progress: show a bar.
+        say: receives lines for people.
+    Returns:
+        False if the directory already held the complete run.
+    Raises:
+        RunRefused: the directory is in use, cannot be written, or holds something else.
+        RunStopped: SIGINT or SIGTERM; the state is saved.
+        RunDiverged: the loss is not finite, everything went to the dustbin, or a temperature left its range.
+    Determinism: weights, optimizer state and metrics.jsonl are the same bits for the same recipe, data and machine,
+        however often the run was stopped.
+    """
+    machine = enter(threads=recipe.threads, precision=recipe.precision, impl=recipe.impl, device=device)
+    directory = RunDirectory(run_dir)
+    with directory.locked(), ScorePool(recipe.evaluate.workers) as pool:
+        directory.fix_recipe(recipe)
+        trainer = _Trainer(recipe, directory, machine, pool, progress=progress, say=say)
+        trainer.restore(start)
+        if trainer.step == recipe.stages[-1].until:
+            return False
+        with signals_noted() as caught:
+            for number, stage in enumerate(recipe.stages, start=1):
+                if trainer.step < stage.until:
+                    trainer.train_stage(number, stage, caught)
+    return True
+
+
+class _Trainer:
+    """The state of a run and what happens to it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        directory: RunDirectory,
+        machine: Machine,
+        pool: ScorePool,
+        *,
+        progress: bool,
+        say: Callable[[str], None],
+    ):
+        self.recipe, self.directory, self.machine, self.pool = recipe, directory, machine, pool
+        self.progress, self.say = progress, say
+        self.model = Perceiver(recipe.model, seed=recipe.seed).to(machine.device)
+        self.optimizer = build_optimizer(self.model, recipe.optim)
+        self.step = 0
+        self._data: StageData | None = None
+
+    def restore(self, start: StartPoint | None) -> None:
+        """Take the state of the newest checkpoint, or of `start`, or the initial one; cut the logs back to it."""
+        found = load_newest(self.directory.checkpoint)
+        if found:
+            checkpoint, damage = found
+            if damage:
+                self.say(f"{damage}; going on from the one before it, step {checkpoint.step:,}")
+            if checkpoint.machine != self._machine_record():
+                raise RunRefused(
+                    f"run directory {self.directory.path} was computed with {dict(checkpoint.machine)}, this process "
+                    f"has {self._machine_record()}: other arithmetic gives other bits"
+                )
+            self.model.load_state_dict(checkpoint.model)
+            self.optimizer.load_state_dict(dict(checkpoint.optimizer))
+            self.step = checkpoint.step
+        elif start:
+            self.model.load_state_dict(start.loaded.model.state_dict())
+            if start.loaded.optimizer:
+                self.optimizer.load_state_dict(dict(start.loaded.optimizer))
+            self.step = self.recipe.start_of(start.stage - 1)
+        self.directory.cut_logs(self.step)
+
+    def train_stage(self, number: int, stage: StageConfig, caught: list[int]) -> None:
+        """Make the updates from the current step to the stage's end, with all that happens on the way."""
+        data = self._load(number, stage)
+        train = data.train.rows.to(self.machine.device)
+        first = self.recipe.start_of(number - 1)
+        per_epoch = batches_per_epoch(len(data.train), stage.batch)
+        clock = StepClock(self.step)
+        epoch, order = -1, torch.empty(0)
+        bar = self._bar(number, stage, first)
+        with bar:
+            while self.step < stage.until:
+                if (self.step - first) // per_epoch != epoch:
+                    epoch = (self.step - first) // per_epoch
+                    order = epoch_order(data.train.order_ids, self.recipe.seed, epoch)
+                index_B = batch_indices(order, (self.step - first) % per_epoch, stage.batch)
+                self.step += 1
+                result = update(
+                    self.model,
+                    self.optimizer,
+                    train.rows(index_B.to(self.machine.device)),
+                    step=self.step,
+                    stage=stage,
+                    recipe=self.recipe,
+                    machine=self.machine,
+                )
+                bar.update()
+                if self.step % self.recipe.log_every == 0 or self.step == stage.until:
+                    line = self._log(number, stage, result)
+                    self.directory.append("speed", **clock.read(self.step, stage.batch, self.machine.device))
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", mass=f"{line['mass']:.2f}", refresh=False)
+                with clock.paused():
+                    self._at(number, stage, data)
+                if caught and self.step < stage.until:
+                    self._save(self.directory.checkpoint)
+                    raise RunStopped(caught[0], self.step)
+
+    def _at(self, number: int, stage: StageConfig, data: StageData) -> None:
+        """What is due after this step: evaluation, the stage's end, checkpoints."""
+        recipe, step = self.recipe, self.step
+        ended = step == stage.until
+        if ended:
+            self._end_stage(number, stage, data)
+        elif recipe.evaluate.every and step % recipe.evaluate.every == 0:
+            self._evaluate(number, stage, data, scenes=recipe.evaluate.scenes)
+        if step == max(stage.until - TAIL_STEPS, recipe.start_of(number - 1)):
+            self._save(self.directory.stage_tail(number))
+        if recipe.keep_every and step % recipe.keep_every == 0:
+            self._save(self.directory.path / f"step{step:06d}.pt")
+        if ended or step % recipe.checkpoint_every == 0:
+            self._save(self.directory.checkpoint)
+
+    def _end_stage(self, number: int, stage: StageConfig, data: StageData) -> None:
+        """Score the whole dev set, keep the stage's weights; after the last stage write the run's results."""
+        evaluation = self._evaluate(number, stage, data, scenes=len(data.dev))
+        weights = tensors_digest(self.model.state_dict())
+        self.directory.append(
+            "metrics",
+            kind="stage",
+            step=self.step,
+            stage=number,
+            name=stage.name,
+            scenes=len(data.dev),
+            **(evaluation.summary if evaluation else {}),
+            weights=weights,
+        )
+        self._save(self.directory.stage_checkpoint(number))
+        if number == len(self.recipe.stages) and evaluation:
+            write_scores(
+                self.directory.path,
+                evaluation,
+                set_name="dev",
+                source=str(data.dev.uri),
+                postprocess=self.recipe.postprocess,
+                checkpoint={"step": self.step, "weights": weights},
+            )
+            write_examples(
+                self.directory.path / "examples.json",
+                self.model,
+                data.dev.scenes,
+                evaluation,
+                machine=self.machine,
+                postprocess=self.recipe.postprocess,
+            )
+            self.say(format_scores(evaluation, set_name="dev"))
+
+    def _evaluate(self, number: int, stage: StageConfig, data: StageData, *, scenes: int) -> Evaluation | None:
+        """Log the loss on training and dev scenes without noise, and the score of the dev scenes."""
+        recipe, count = self.recipe, min(scenes, len(data.dev))
+        losses = [
+            mean_loss(self.model, rows, recipe=recipe, machine=self.machine, endpoint_weight=stage.endpoint_weight)
+            for rows in (data.train.rows, data.dev.rows)
+        ]
+        evaluation = None
+        if recipe.evaluate.score:
+            last = number == len(recipe.stages) and self.step == stage.until
+            evaluation = evaluate(
+                self.model,
+                data.dev.scenes[:count],
+                machine=self.machine,
+                batch=recipe.evaluate.batch,
+                postprocess=recipe.postprocess,
+                pool=self.pool,
+                yardsticks=last,
+            )
+        self.directory.append(
+            "metrics",
+            kind="eval",
+            step=self.step,
+            stage=number,
+            scenes=count,
+            train_loss=losses[0],
+            dev_loss=losses[1],
+            ratio=losses[1] / losses[0],
+            **(evaluation.summary if evaluation else {}),
+        )
+        score = f", HSS {evaluation.summary['hss_mean']:.3f} on {count} dev scenes" if evaluation else ""
+        self.say(f"step {self.step:,}: train loss {losses[0]:.3f}, dev loss {losses[1]:.3f}{score}")
+        return evaluation
+
+    def _log(self, number: int, stage: StageConfig, result: StepResult) -> dict[str, float]:
+        """Write the metrics of this step; stop a run that has nothing left to learn from."""
+        line = {name: float(value) for name, value in result.loss._asdict().items()}
+        line["loss"] = line.pop("total")
+        line["grad_norm"] = float(result.grad_norm)
+        line["lr"] = self.optimizer.param_groups[0]["lr"]
+        scales = [p.max() for name, p in self.model.named_parameters() if name.endswith("log_scale")]
+        line["tau"] = float(torch.stack(scales).max().exp())
+        self.directory.append("metrics", kind="train", step=self.step, stage=number, **line)
+        if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
+            raise RunDiverged(f"step {self.step:,}: the loss or its gradient is not finite; lower the learning rate")
+        if line["mass"] < COLLAPSED_MASS and self.step > self.recipe.start_of(number - 1) + stage.warmup:
+            raise RunDiverged(
+                f"step {self.step:,}: only {line['mass']:.3f} of the mass of the true segments is matched, the rest "
+                "went to the dustbin: the loss has collapsed. Usual causes: a learning rate too high, cost_scale "
+                "changed without dustbin, plan_gradient 'exact' at a low cost_scale"
+            )
+        if line["tau"] > MAX_TEMPERATURE:
+            raise RunDiverged(f"step {self.step:,}: a temperature reached {line['tau']:.1f}, the kernels stop at 60")
+        return line
+
+    def _load(self, number: int, stage: StageConfig) -> StageData:
+        """Load the stage's rows, note them in the metrics, and refuse rows that changed since the run began."""
+        if self._data is None or str(self._data.train.uri) != stage.data:
+            bad = self.recipe.data.bad_samples
+            self._data = load_stage_data(
+                stage.data,
+                dev_uris=[s.data for s in self.recipe.stages],
+                bad_samples=ROOT / bad if bad else None,
+                strict=self.recipe.data.strict,
+                published_split=self.recipe.data.published_split,
+            )
+            self.say(self._data.describe())
+        data = self._data
+        first_step = self.recipe.start_of(number - 1) + 1
+        line = {"uri": stage.data, "train_digest": data.train.digest, "dev_digest": data.dev.digest}
+        line |= asdict(data.counts)
+        noted = [x for x in self.directory.read("metrics") if x["kind"] == "data" and x["step"] == first_step]
+        if not noted:
+            self.directory.append("metrics", kind="data", step=first_step, stage=number, **line)
+        elif noted[0]["train_digest"] != data.train.digest or noted[0]["dev_digest"] != data.dev.digest:
+            raise RunRefused(f"{stage.data} holds other rows than when this run began: its digest is another one")
+        return data
+
+    def _save(self, path: Path) -> None:
+        self.directory.flush_logs()
+        save_checkpoint(
+            path,
+            Checkpoint(
+                step=self.step,
+                model=self.model.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                recipe=recipe_to_dict(self.recipe),
+                machine=self._machine_record(),
+            ),
+        )
+
+    def _machine_record(self) -> dict[str, str]:
+        return {"precision": self.machine.precision, "impl": self.machine.impl, "device": self.machine.device.type}
+
+    def _bar(self, number: int, stage: StageConfig, first: int):
+        from tqdm import tqdm
+
+        title = f"stage {number}/{len(self.recipe.stages)} {stage.name}"
+        return tqdm(
+            total=stage.until - first, initial=self.step - first, desc=title, unit="step", disable=not self.progress
+        )
