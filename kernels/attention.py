@@ -10,10 +10,10 @@ import math
 
 import torch
 
+from kernels.attention_eager import NORM_EPS, attention_eager, attention_eager_backward, compute_dtype
 from kernels.dispatch import resolve, values_are_readable
 
 HEAD_WIDTHS = (16, 32, 64, 128)
-NORM_EPS = 1e-12
 
 
 def gqa_attention(
@@ -57,10 +57,13 @@ def gqa_attention(
     """
     _check(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS)
     _check_options(q_BHTD, log_scale_H, softmax, precision, split)
-    resolve(impl, q_BHTD.device)
-    return gqa_attention_reference(
-        q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B=key_count_B, key_mask_BS=key_mask_BS
-    )
+    form = resolve(impl, q_BHTD.device)
+    if form == "eager" and q_BHTD.device.type != "cpu":
+        with torch.autocast(q_BHTD.device.type, enabled=False):
+            return gqa_attention_reference(
+                q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B=key_count_B, key_mask_BS=key_mask_BS
+            )
+    return _forward(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS, softmax, precision, split, form)[0]
 
 
 def gqa_attention_reference(
@@ -73,7 +76,7 @@ def gqa_attention_reference(
     key_mask_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The meaning of `gqa_attention`, in plain PyTorch; in float64 the truth."""
-    dtype = compute_dtype(q_BHTD)
+    dtype = compute_dtype(q_BHTD.dtype)
     (B, H, _, _), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
     valid_BS = _valid_keys(key_count_B, key_mask_BS, S)
     if valid_BS is None:
@@ -91,8 +94,78 @@ def gqa_attention_reference(
     return (p_BHTS @ v_BHSD).to(dtype_out)
 
 
-def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+@torch.library.custom_op("ridgeline::gqa_attention_forward", mutates_args=())
+def _forward(
+    q_BHTD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSD: torch.Tensor,
+    log_scale_H: torch.Tensor,
+    key_count_B: torch.Tensor | None,
+    key_mask_BS: torch.Tensor | None,
+    softmax: str,
+    precision: str,
+    split: int,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o_BHTD, and what the backward needs: logarithms of the softmax sums, inverse norms of queries and of keys."""
+    if 0 in (q_BHTD.numel(), k_BGSD.numel()):
+        return tuple(x.zero_() for x in _empty_outputs(q_BHTD, k_BGSD))
+    valid_BS = _valid_keys(key_count_B, key_mask_BS, k_BGSD.shape[2])
+    return attention_eager(q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid_BS)
+
+
+@_forward.register_fake
+def _(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS, softmax, precision, split, impl):
+    return _empty_outputs(q_BHTD, k_BGSD)
+
+
+def _empty_outputs(q_BHTD, k_BGSD):
+    dtype, shape_BHT = compute_dtype(q_BHTD.dtype), q_BHTD.shape[:3]
+    lse_BHT, rq_BHT = (q_BHTD.new_empty(shape_BHT, dtype=dtype) for _ in range(2))
+    return torch.empty_like(q_BHTD), lse_BHT, rq_BHT, k_BGSD.new_empty(k_BGSD.shape[:3], dtype=dtype)
+
+
+@torch.library.custom_op("ridgeline::gqa_attention_backward", mutates_args=())
+def _backward(
+    do_BHTD: torch.Tensor,
+    q_BHTD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSD: torch.Tensor,
+    log_scale_H: torch.Tensor,
+    key_count_B: torch.Tensor | None,
+    key_mask_BS: torch.Tensor | None,
+    o_BHTD: torch.Tensor,
+    lse_BHT: torch.Tensor,
+    rq_BHT: torch.Tensor,
+    rk_BGS: torch.Tensor,
+    precision: str,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k, v and log_scale."""
+    if 0 in (q_BHTD.numel(), k_BGSD.numel()):
+        return tuple(torch.zeros_like(x) for x in (q_BHTD, k_BGSD, v_BGSD, log_scale_H))
+    valid_BS = _valid_keys(key_count_B, key_mask_BS, k_BGSD.shape[2])
+    return attention_eager_backward(
+        do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid_BS, o_BHTD, lse_BHT, rq_BHT, rk_BGS
+    )
+
+
+@_backward.register_fake
+def _(do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, *rest):
+    return tuple(torch.empty_like(x) for x in (q_BHTD, k_BGSD, v_BGSD, log_scale_H))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, _, ctx.precision, _, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _gradients(ctx, do_BHTD, *_):
+    gradients = _backward(do_BHTD, *ctx.saved_tensors, ctx.precision, ctx.impl)
+    return (*gradients, *[None] * 6)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def _valid_keys(key_count_B, key_mask_BS, S: int) -> torch.Tensor | None:
@@ -138,11 +211,12 @@ def _check_keys(key_count_B, key_mask_BS, B: int, S: int, device: torch.device) 
     if key_count_B is not None and key_mask_BS is not None:
         raise ValueError("key_count and key_mask must not both be given")
     if key_mask_BS is not None:
-        if key_mask_BS.shape != (B, S) or key_mask_BS.dtype != torch.bool or key_mask_BS.device != device:
+        if key_mask_BS.shape != (B, S) or key_mask_BS.dtype != torch.bool:
             raise ValueError(
-                f"key_mask must be [{B}, {S}] of bool on {device}, got shape {tuple(key_mask_BS.shape)}, "
-                f"{key_mask_BS.dtype} on {key_mask_BS.device}"
+                f"key_mask must be [{B}, {S}] of bool, got shape {tuple(key_mask_BS.shape)}, {key_mask_BS.dtype}"
             )
+        if key_mask_BS.device != device:
+            raise ValueError(f"key_mask must be on the device of q, {device}, got {key_mask_BS.device}")
     if key_count_B is not None:
         if key_count_B.shape != (B,) or key_count_B.dtype not in (torch.int32, torch.int64):
             raise ValueError(

@@ -1,0 +1,116 @@
+"""The CPU form of `gqa_attention`: PyTorch's fused CPU attention on normalised queries and keys.
+
+The heads of a group read the same keys, so they are stacked along the queries, [B, G, R T, D]: keys are never
+expanded, and dk and dv come out summed over the group. The temperature is folded into the queries; the backward of
+both norms is written by hand. float64 stays float64, everything else is float32 inside.
+
+The fused operator is called by its internal name, which alone returns what its backward needs. It adds the keys of a
+row in a fixed order within one thread, so that its bits repeat, and gives 0 where every key of a row has bias -inf.
+"""
+
+import math
+
+import torch
+from torch.ops import aten
+
+NORM_EPS = 1e-12
+
+
+def attention_eager(q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid_BS):
+    """Return o_BHTD, the logarithms of the softmax sums [B, H, T], and the inverse norms of q and k."""
+    q_BGND, k_BSGD = _stacked(q_BHTD, k_BGSD.shape[1]), _rows(k_BGSD, valid_BS)
+    rq, rk = _inverse_norm(q_BGND), _inverse_norm(k_BSGD)
+    o_BGND, lse_BGN = aten._scaled_dot_product_flash_attention_for_cpu(
+        q_BGND * (rq * _temperature(log_scale_H, q_BGND)),
+        (k_BSGD * rk).transpose(1, 2),
+        _rows(v_BGSD, valid_BS).transpose(1, 2),
+        attn_mask=_bias(valid_BS, q_BGND.dtype),
+        scale=1.0,
+    )
+    shape_BHT = q_BHTD.shape[:3]
+    rk_BGS = rk.squeeze(-1).transpose(1, 2).contiguous()
+    return _unstacked(o_BGND, q_BHTD), lse_BGN.reshape(shape_BHT), rq.view(shape_BHT), rk_BGS
+
+
+def attention_eager_backward(do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid_BS, o_BHTD, lse_BHT, rq_BHT, rk_BGS):
+    """Return the gradients of q, k, v and log_scale."""
+    B, H, T, _ = q_BHTD.shape
+    G = k_BGSD.shape[1]
+    q_BGND, k_BSGD = _stacked(q_BHTD, G), _rows(k_BGSD, valid_BS)
+    rq, rk = rq_BHT.view(B, G, -1, 1), rk_BGS.transpose(1, 2).unsqueeze(-1)
+    unit_q_BGND, unit_k_BSGD, tau = q_BGND * rq, k_BSGD * rk, _temperature(log_scale_H, q_BGND)
+    dq_BGND, dk_BGSD, dv_BGSD = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _stacked(do_BHTD, G),
+        unit_q_BGND * tau,
+        unit_k_BSGD.transpose(1, 2),
+        _rows(v_BGSD, valid_BS).transpose(1, 2),
+        _stacked(o_BHTD, G),
+        lse_BHT.view(B, G, -1),
+        0.0,
+        False,
+        attn_mask=_bias(valid_BS, q_BGND.dtype),
+        scale=1.0,
+    )
+    dq_BGND, dot = _norm_backward(dq_BGND * tau, unit_q_BGND, rq)
+    dk_BSGD, _ = _norm_backward(dk_BGSD.transpose(1, 2), unit_k_BSGD, rk)
+    return (
+        _unstacked(dq_BGND, q_BHTD),
+        torch.empty_like(k_BGSD).copy_(dk_BSGD.transpose(1, 2)),
+        torch.empty_like(v_BGSD).copy_(dv_BGSD),
+        dot.view(B, H, T).sum((0, 2)).to(log_scale_H.dtype),
+    )
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of everything inside."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _stacked(x_BHTD, G: int):
+    """The heads of a group one after the other along the queries: [B, G, N, D] with N = R T."""
+    B, _, _, D = x_BHTD.shape
+    return x_BHTD.to(compute_dtype(x_BHTD.dtype)).reshape(B, G, -1, D)
+
+
+def _unstacked(x_BGND, like_BHTD):
+    """The inverse of `_stacked`, in the layout and dtype of `like`."""
+    G, T = x_BGND.shape[1], like_BHTD.shape[2]
+    x_BHTD = torch.empty_like(like_BHTD)
+    x_BHTD.unflatten(1, (G, -1)).copy_(x_BGND.unflatten(2, (-1, T)))
+    return x_BHTD
+
+
+def _rows(x_BGSD, valid_BS):
+    """Keys or values as dense [B, S, G, D], the layout of a projection; 0 where a key does not count."""
+    x_BSGD = x_BGSD.transpose(1, 2).to(compute_dtype(x_BGSD.dtype)).contiguous()
+    if valid_BS is None:
+        return x_BSGD
+    # a product would keep NaN and `where` is five times slower here: keep all bits of a row, or none
+    bits = torch.int64 if x_BSGD.dtype == torch.float64 else torch.int32
+    keep_BS = -valid_BS.to(bits)
+    return x_BSGD.view(bits).bitwise_and(keep_BS[:, :, None, None]).view(x_BSGD.dtype)
+
+
+def _bias(valid_BS, dtype: torch.dtype):
+    """What is added to the logits: -inf where a key does not count."""
+    if valid_BS is None:
+        return None
+    return torch.zeros(valid_BS.shape, dtype=dtype).masked_fill_(~valid_BS, -math.inf)[:, None, None, :]
+
+
+def _temperature(log_scale_H, q_BGND):
+    """exp(log_scale) of every stacked query, [G, N, 1]."""
+    G, N = q_BGND.shape[1:3]
+    tau_H = log_scale_H.to(q_BGND.dtype).exp()
+    return tau_H.repeat_interleave(G * N // tau_H.numel()).view(G, N, 1)
+
+
+def _inverse_norm(x):
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(NORM_EPS).reciprocal_()
+
+
+def _norm_backward(dunit, unit, r):
+    """Gradient of x given that of x r, r = 1/max(|x|, eps), and the rows' <dunit, unit>."""
+    dot = (dunit * unit).sum(-1, keepdim=True)
+    # shorter than eps, x is divided by a constant: nothing to take out
+    return torch.addcmul(dunit, unit, dot * (r < 1 / NORM_EPS), value=-1).mul_(r), dot
