@@ -106,7 +106,7 @@ def encode_scene(scene: Scene) -> bytes:
             if value is None:
                 continue
             with io.BytesIO() as member:
-                np.lib.format.write_array(member, np.asarray(value, dtype), allow_pickle=False)
+                np.lib.format.write_array(member, np.asarray(value, dtype, order="C"), allow_pickle=False)
                 archive.writestr(zipfile.ZipInfo(name + ".npy", (1980, 1, 1, 0, 0, 0)), member.getvalue())
     return buffer.getvalue()
 
@@ -124,7 +124,8 @@ def decode_scene(order_id: str, data: bytes, *, truth: bool = True) -> Scene:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files if name in _SCHEMA}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    # damaged bytes make zipfile and numpy raise almost anything; whatever it is, the row is at fault
+    except Exception as error:
         raise RowError(order_id, "data", f"is not a readable .npz ({error})") from error
     if not truth and not _TRUTH & arrays.keys():
         required = _SCHEMA.keys() - _OPTIONAL - _TRUTH
@@ -133,6 +134,8 @@ def decode_scene(order_id: str, data: bytes, *, truth: bool = True) -> Scene:
     for name in _SCHEMA:
         if name in required and name not in arrays:
             raise RowError(order_id, name, "is missing")
+        if name in arrays and not isinstance(arrays[name], np.ndarray):
+            raise RowError(order_id, name, "is not a numpy array")
     scene = Scene(order_id=order_id, **arrays)
     check_scene(scene)
     return scene

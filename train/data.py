@@ -60,8 +60,9 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageData:
-    """What a stage trains on, what it is measured on, and what became of each row."""
+    """What a stage trains on, what it is measured on, and what became of each row; `uri` has no part."""
 
+    uri: SourceUri
     train: RowSet
     dev: RowSet
     counts: Counts
@@ -70,7 +71,7 @@ class StageData:
         """One line with every count."""
         c = self.counts
         return (
-            f"{self.train.uri.with_part(None)}: {c.rows:,} rows = {c.trained_on:,} trained on + {c.dev:,} dev"
+            f"{self.uri}: {c.rows:,} rows = {c.trained_on:,} trained on + {c.dev:,} dev"
             f" + {c.dropped_bad:,} bad samples + {c.dropped_leak:,} in a dev part of this run"
             f" + {c.undecodable:,} undecodable"
         )
@@ -127,7 +128,7 @@ def load_stage_data(
         dropped_leak=dropped_leak,
         undecodable=len(source) - dropped_bad - dropped_leak - len(train) - len(dev),
     )
-    return StageData(train=train, dev=dev, counts=counts)
+    return StageData(uri=uri.with_part(None), train=train, dev=dev, counts=counts)
 
 
 def load_scenes(uri: str | SourceUri, *, truth: bool = True, strict: bool = False) -> list[Scene]:
@@ -143,7 +144,7 @@ def load_scenes(uri: str | SourceUri, *, truth: bool = True, strict: bool = Fals
     """
     uri = SourceUri.parse(uri)
     source = open_rows(uri)
-    scenes = list(_decode(source, source.span(uri.part or "all"), truth=truth, strict=strict))
+    scenes = list(_decode(source, source.span(uri.part), truth=truth, strict=strict))
     if not scenes:
         raise SourceError(f"{uri}: has no usable rows")
     return scenes
@@ -298,6 +299,6 @@ def _add_to_digest(digest, scene: Scene) -> None:
     digest.update(b"row %d\n" % len(order_id) + order_id)
     for field in fields(scene):
         value = getattr(scene, field.name)
-        if isinstance(value, np.ndarray):
+        if field.name != "order_id" and value is not None:
             digest.update(f"{field.name} {value.dtype.str} {list(value.shape)}\n".encode())
             digest.update(value.tobytes())

@@ -132,13 +132,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.order_ids)
 
-    def span(self, part: str) -> range:
-        """The row numbers of a part: `train`, `dev` or `all`.
+    def span(self, part: str | None) -> range:
+        """The row numbers of a part: `train`, `dev`, or `all`, which None means too.
 
         Raises:
             SourceError: the source is not larger than its dev part, and not all of it is asked for.
         """
-        if part == "all":
+        if part in ("all", None):
             return range(len(self))
         if len(self) <= self.uri.dev:
             raise SourceError(
@@ -163,14 +163,17 @@ def open_rows(uri: str | SourceUri) -> Rows:
 
 
 def _open_roofs(uri: SourceUri) -> Rows:
-    from train.roofs import generate_scenes
+    from train.roofs import generate_scene
+
+    at = [(uri.seed, i) for i in range(uri.scenes)] + [(uri.seed + 1, i) for i in range(uri.dev)]
 
     def scene(i: int, truth: bool) -> Scene:
-        seed, start = (uri.seed, i) if i < uri.scenes else (uri.seed + 1, i - uri.scenes)
-        return generate_scenes(1, seed=seed, points=uri.points, setting=uri.place, start=start)[0]
+        seed, index = at[i]
+        return generate_scene(index, seed=seed, points=uri.points, setting=uri.place)
 
-    count = uri.scenes + uri.dev
-    return Rows(uri=uri, order_ids=[scene(i, True).order_id for i in range(count)], scene=scene)
+    # the names that train.roofs gives; to know them must not cost the scenes
+    order_ids = [f"roofs-{uri.place}-{seed}-{index:06d}" for seed, index in at]
+    return Rows(uri=uri, order_ids=order_ids, scene=scene)
 
 
 def _open_npz(uri: SourceUri) -> Rows:
