@@ -50,14 +50,17 @@ def score_wireframe(prediction: Wireframe, truth: Wireframe) -> Score:
     """
     _check("prediction", prediction)
     _check("truth", truth)
-    score = _official_hss()(
-        prediction.vertices_V3,
-        prediction.edges_E2,
-        truth.vertices_V3,
-        truth.edges_E2,
-        vert_thresh=VERTEX_THRESHOLD_M,
-        edge_thresh=EDGE_RADIUS_M,
-    )
+    hss = _official_hss()
+    # it asks for the centre of mass of the volume in common, which may be empty
+    with np.errstate(invalid="ignore"):
+        score = hss(
+            prediction.vertices_V3,
+            prediction.edges_E2,
+            truth.vertices_V3,
+            truth.edges_E2,
+            vert_thresh=VERTEX_THRESHOLD_M,
+            edge_thresh=EDGE_RADIUS_M,
+        )
     return Score(float(score.hss), float(score.f1), float(score.iou))
 
 

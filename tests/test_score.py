@@ -71,6 +71,13 @@ def test_an_empty_prediction_scores_zero(inline_scores):
     assert inline_scores[7] == (0, 0, 0)
 
 
+def test_edges_without_a_volume_in_common_score_zero_and_warn_of_nothing():
+    # the bounding boxes overlap, the cylinders do not
+    inside = Wireframe(np.array([[4, 0, 3], [4, 1, 3]], float), np.array([[0, 1]]))
+    around = Wireframe(GABLE_V3 * [1, 0, 1], np.array([[0, 1], [2, 3]]))
+    assert score_wireframe(inside, around) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("wireframe", "rule"),
     [
