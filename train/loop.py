@@ -130,8 +130,9 @@ class _Trainer:
         per_epoch = batches_per_epoch(len(data.train), stage.batch)
         clock = StepClock(self.step)
         epoch, order = -1, torch.empty(0)
-        bar = self._bar(number, stage, first)
-        with bar:
+        if self.step == first and stage.until - TAIL_STEPS <= first:
+            self._save(self.directory.stage_tail(number))
+        with self._bar(number, stage, first) as bar:
             while self.step < stage.until:
                 if (self.step - first) // per_epoch != epoch:
                     epoch = (self.step - first) // per_epoch
@@ -166,7 +167,7 @@ class _Trainer:
             self._end_stage(number, stage, data)
         elif recipe.evaluate.every and step % recipe.evaluate.every == 0:
             self._evaluate(number, stage, data, scenes=recipe.evaluate.scenes)
-        if step == max(stage.until - TAIL_STEPS, recipe.start_of(number - 1)):
+        if step == stage.until - TAIL_STEPS:
             self._save(self.directory.stage_tail(number))
         if recipe.keep_every and step % recipe.keep_every == 0:
             self._save(self.directory.path / f"step{step:06d}.pt")
@@ -247,7 +248,7 @@ class _Trainer:
         line["loss"] = line.pop("total")
         line["grad_norm"] = float(result.grad_norm)
         line["lr"] = self.optimizer.param_groups[0]["lr"]
-        scales = [p.max() for name, p in self.model.named_parameters() if name.endswith("log_scale")]
+        scales = [p.detach().max() for name, p in self.model.named_parameters() if name.endswith("log_scale")]
         line["tau"] = float(torch.stack(scales).max().exp())
         self.directory.append("metrics", kind="train", step=self.step, stage=number, **line)
         if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
