@@ -99,6 +99,7 @@ class _Trainer:
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.step = 0
         self._data: StageData | None = None
+        self._data_uri = ""
 
     def restore(self, start: StartPoint | None) -> None:
         """Take the state of the newest checkpoint, or of `start`, or the initial one; cut the logs back to it."""
@@ -265,7 +266,7 @@ class _Trainer:
 
     def _load(self, number: int, stage: StageConfig) -> StageData:
         """Load the stage's rows, note them in the metrics, and refuse rows that changed since the run began."""
-        if self._data is None or str(self._data.train.uri) != stage.data:
+        if self._data is None or self._data_uri != stage.data:
             bad = self.recipe.data.bad_samples
             self._data = load_stage_data(
                 stage.data,
@@ -274,6 +275,7 @@ class _Trainer:
                 strict=self.recipe.data.strict,
                 published_split=self.recipe.data.published_split,
             )
+            self._data_uri = stage.data
             self.say(self._data.describe())
         data = self._data
         first_step = self.recipe.start_of(number - 1) + 1
