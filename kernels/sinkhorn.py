@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import sinkhorn_eager
+from kernels import sinkhorn_eager, sinkhorn_small
 from kernels.dispatch import resolve, values_are_readable
 
 MAX_SIZE = 2048
@@ -158,6 +158,10 @@ def sinkhorn_forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return plan, row slack, column slack, (u, v) of every iteration [B, T, N+1 + M+1] and who scales [B]."""
+    if impl == "triton":
+        return sinkhorn_small.sinkhorn_small_forward(
+            cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack, path
+        )
     N, M = cost.shape[1:]
     Z, log_mass_a, log_mass_b, total, shift = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack)
     P, potentials, scales = sinkhorn_eager.solve(Z, log_mass_a, log_mass_b, iterations, shift, path)
@@ -183,6 +187,11 @@ def sinkhorn_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of cost, dustbin [B], log a [B, N] and log b [B, M], item by item."""
+    if impl == "triton":
+        return sinkhorn_small.sinkhorn_small_backward(
+            grad_plan, grad_row_slack, grad_col_slack, cost, rows, cols, dustbin, log_a, log_b,
+            potentials, scales, eps, slack,
+        )  # fmt: skip
     N, M = cost.shape[1:]
     Z, log_mass_a, log_mass_b, total, shift = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack)
     G = torch.zeros_like(Z)
