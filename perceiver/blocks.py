@@ -28,10 +28,10 @@ class DropoutKey:
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm in float32, also where autocast hands it bfloat16."""
+    """RMSNorm in float32 at least, also where autocast hands it bfloat16."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.float())
+        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
 class GroupedQueryAttention(nn.Module):

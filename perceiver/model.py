@@ -148,7 +148,7 @@ class Perceiver(nn.Module):
             x_BNC = layer(x_BNC, x_BLC, drop=drop, impl=impl)
         # millimetres on a 10 m roof need more than bf16
         with torch.autocast(x_BNC.device.type, enabled=False):
-            return self._heads(x_BNC.float())
+            return self._heads(x_BNC.to(torch.promote_types(x_BNC.dtype, torch.float32)))
 
     def _heads(self, x_BNC: torch.Tensor) -> Segments:
         r_BN7 = self.segmenter.segment_head(x_BNC)

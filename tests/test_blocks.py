@@ -1,0 +1,88 @@
+"""Residual blocks: what they start as, what they normalise, and the drop-in attention module."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from perceiver.blocks import AttentionBlock, DropoutKey, FeedForwardBlock, GroupedQueryAttention, RMSNorm
+
+
+def by_hand(module: GroupedQueryAttention, x_BTC: torch.Tensor, memory_BSC: torch.Tensor) -> torch.Tensor:
+    """Grouped-query attention from its definition, one head at a time."""
+    width, group = module.head_width, module.heads // module.kv_heads
+    q, k, v = module.q_proj(x_BTC), module.k_proj(memory_BSC), module.v_proj(memory_BSC)
+    heads = []
+    for h in range(module.heads):
+        g = h // group
+        q_hat = nn.functional.normalize(q[..., h * width : (h + 1) * width], dim=-1)
+        k_hat = nn.functional.normalize(k[..., g * width : (g + 1) * width], dim=-1)
+        p = torch.softmax(module.log_scale[h].exp() * q_hat @ k_hat.transpose(1, 2), dim=-1)
+        heads.append(p @ v[..., g * width : (g + 1) * width])
+    return module.out_proj(torch.cat(heads, dim=-1))
+
+
+def test_attention_module_is_its_definition():
+    torch.manual_seed(0)
+    module = GroupedQueryAttention(64, heads=4, kv_heads=2)
+    x, memory = torch.randn(2, 5, 64), torch.randn(2, 9, 64)
+    torch.testing.assert_close(module(x, memory), by_hand(module, x, memory))
+
+
+def test_without_memory_the_queries_are_the_memory():
+    module = GroupedQueryAttention(32, heads=2, kv_heads=1)
+    x = torch.randn(2, 5, 32)
+    assert torch.equal(module(x), module(x, x))
+
+
+def test_keys_past_the_count_do_not_matter():
+    module = GroupedQueryAttention(32, heads=2, kv_heads=1)
+    x, memory = torch.randn(2, 5, 32), torch.randn(2, 9, 32)
+    count = torch.tensor([4, 9], dtype=torch.int32)
+    masked = module(x, memory, key_count_B=count)
+    torch.testing.assert_close(masked[:1], module(x[:1], memory[:1, :4]))
+    mask = torch.arange(9) < count[:, None]
+    torch.testing.assert_close(masked, module(x, memory, key_mask_BS=mask))
+
+
+def test_temperature_starts_at_the_root_of_the_head_width():
+    module = GroupedQueryAttention(256, heads=4, kv_heads=2)
+    torch.testing.assert_close(module.log_scale.exp(), torch.full((4,), 8.0))
+
+
+@pytest.mark.parametrize(("channels", "heads", "kv_heads", "name"), [(30, 4, 2, "channels"), (64, 4, 3, "heads")])
+def test_widths_that_do_not_divide_are_refused(channels, heads, kv_heads, name):
+    with pytest.raises(ValueError, match=f"{name} must be a multiple"):
+        GroupedQueryAttention(channels, heads, kv_heads)
+
+
+def test_attention_block_normalises_queries_only():
+    block = AttentionBlock(32, 2, 1, place=0)
+    x, memory = torch.randn(2, 5, 32), torch.randn(2, 9, 32)
+    torch.testing.assert_close(block(x, memory), x + block.attn(block.norm(x), memory))
+    torch.testing.assert_close(block(x), x + block.attn(block.norm(x), x))
+
+
+def test_feed_forward_block_is_its_formula():
+    block = FeedForwardBlock(16, 24, place=0)
+    x = torch.randn(2, 5, 16)
+    normed = x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    hidden = block.ffn.linear1(normed)
+    gelu = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+    torch.testing.assert_close(block(x), x + block.ffn.linear2(gelu))
+
+
+def test_dropout_acts_on_the_branch_and_not_on_the_stream():
+    block = FeedForwardBlock(16, 24, place=1024)
+    x = torch.randn(2, 50, 16)
+    drop = DropoutKey(rate=0.5, seed=1, step=1, scene_B=torch.tensor([3, 4]))
+    branch, dropped = block(x) - x, block(x, drop=drop) - x
+    zero = dropped == 0
+    assert 0.4 < zero.float().mean() < 0.6
+    torch.testing.assert_close(dropped[~zero], 2 * branch[~zero], atol=1e-5, rtol=1e-4)
+
+
+def test_norm_computes_in_float32_under_bfloat16():
+    norm = RMSNorm(8)
+    assert norm(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.float32

@@ -1,0 +1,37 @@
+"""Which implementation runs where, and what is refused."""
+
+import pytest
+import torch
+
+from kernels.dispatch import resolve, values_are_readable
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_is_triton_on_cuda_and_eager_elsewhere():
+    assert resolve("auto", CUDA) == "triton"
+    assert resolve("auto", CPU) == "eager"
+
+
+def test_eager_is_legal_everywhere():
+    assert resolve("eager", CPU) == resolve("eager", CUDA) == "eager"
+
+
+def test_triton_on_cpu_needs_something_that_runs_it(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve("triton", CPU) == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="impl='triton' must have CUDA tensors"):
+        resolve("triton", CPU)
+    monkeypatch.setenv("KERNELS_OFFLINE", "1")
+    assert resolve("triton", CPU) == "triton"
+
+
+def test_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="impl must be one of auto, eager, triton, got 'cuda'"):
+        resolve("cuda", CPU)
+
+
+def test_values_are_read_on_the_cpu_and_never_from_a_meta_tensor():
+    assert values_are_readable(torch.zeros(1))
+    assert not values_are_readable(torch.zeros(1, device="meta"))
