@@ -17,13 +17,17 @@ Point = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Roof:
-    """A wireframe with the faces that it came from. Loops are padded by repeating their first vertex."""
+    """A wireframe with the faces that it came from: loops padded by repeating their first vertex, and triangles.
+
+    `wall_E` tells under which edges a wall stands.
+    """
 
     vertices_V3: np.ndarray
     edges_E2: np.ndarray
     edge_class_E: np.ndarray
     vertex_class_V: np.ndarray
     faces_FK: np.ndarray
+    triangles_K3: np.ndarray
     wall_E: np.ndarray
 
     @classmethod
@@ -52,8 +56,8 @@ class Roof:
         twin = np.append(first[1:], len(key)) - 1
 
         along_E3 = vertices_V3[end[first]] - vertices_V3[start[first]]
-        inward_E3 = _cross(normals_F3[face[first]], along_E3)
-        twin_inward_E3 = -_cross(normals_F3[face[twin]], along_E3)
+        inward_E3 = cross(normals_F3[face[first]], along_E3)
+        twin_inward_E3 = -cross(normals_F3[face[twin]], along_E3)
         convex = (normals_F3[face[first]] * twin_inward_E3).sum(1) < 0
         level = np.abs(along_E3[:, 1]) < 1e-6
         rises, twin_rises = inward_E3[:, 1] > 0, twin_inward_E3[:, 1] > 0
@@ -68,18 +72,20 @@ class Roof:
         keys = np.array(sorted(edge_class))
         edges_E2 = np.stack([keys // len(vertices), keys % len(vertices)], axis=1)
         edge_class_E = np.array([edge_class[k] for k in keys.tolist()])
-        wall_E = np.array([walled.get(k, False) for k in keys.tolist()]) & np.isin(edge_class_E, (EAVE, RAKE))
+        stands_E = (edge_class_E == EAVE) | (edge_class_E == RAKE)
+        wall_E = stands_E & np.array([walled.get(k, False) for k in keys.tolist()])
         return cls(
             vertices_V3=vertices_V3,
             edges_E2=edges_E2,
             edge_class_E=edge_class_E,
             vertex_class_V=_vertex_classes(vertices_V3, edges_E2, edge_class_E),
             faces_FK=faces_FK,
+            triangles_K3=np.array([triangle for loop in loops for triangle in _triangulate(vertices, loop)]),
             wall_E=wall_E,
         )
 
 
-def _cross(a_N3: np.ndarray, b_N3: np.ndarray) -> np.ndarray:
+def cross(a_N3: np.ndarray, b_N3: np.ndarray) -> np.ndarray:
     ax, ay, az = a_N3.T
     bx, by, bz = b_N3.T
     return np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], axis=1)
@@ -88,6 +94,30 @@ def _cross(a_N3: np.ndarray, b_N3: np.ndarray) -> np.ndarray:
 def _newell(from_FK3: np.ndarray, to_FK3: np.ndarray) -> np.ndarray:
     minus, plus = from_FK3 - to_FK3, from_FK3 + to_FK3
     return (minus[..., [1, 2, 0]] * plus[..., [2, 0, 1]]).sum(1)
+
+
+def _turn(a: Point, b: Point, c: Point) -> float:
+    """Twice the signed plan area of a triangle, positive if counter-clockwise seen from above."""
+    return (b[2] - a[2]) * (c[0] - a[0]) - (b[0] - a[0]) * (c[2] - a[2])
+
+
+def _is_ear(vertices: list[Point], loop: list[int], at: int) -> bool:
+    corner = loop[at - 1], loop[at], loop[(at + 1) % len(loop)]
+    a, b, c = (vertices[i] for i in corner)
+    if _turn(a, b, c) <= 0:
+        return False
+    others = (vertices[i] for i in loop if i not in corner)
+    return not any(_turn(a, b, p) >= 0 and _turn(b, c, p) >= 0 and _turn(c, a, p) >= 0 for p in others)
+
+
+def _triangulate(vertices: list[Point], loop: list[int]) -> list[tuple[int, int, int]]:
+    """Cut off ears: corners that turn left and have no other corner of the loop inside."""
+    triangles, rest = [], list(loop)
+    while len(rest) > 3:
+        at = next((i for i in range(len(rest)) if _is_ear(vertices, rest, i)), 0)
+        triangles.append((rest[at - 1], rest[at], rest[(at + 1) % len(rest)]))
+        del rest[at]
+    return [*triangles, tuple(rest)]
 
 
 def _vertex_classes(vertices_V3: np.ndarray, edges_E2: np.ndarray, edge_class_E: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ formula (`_end`) and one side formula (`_add_slope`):
         g = 1, r = 0 gable;  g = 0 hip;  between: half-hip.  Repeated points of a loop fall together.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -30,20 +31,12 @@ class Draws:
         self._bits = np.random.Philox(key=seed, counter=[0, purpose, index, 0])
         self._scalars: list[float] = []
 
-    def words(self, count: int) -> np.ndarray:
-        return self._bits.random_raw(count)
-
-    def uniform(self, count: int) -> np.ndarray:
-        """Numbers in [0, 1) with 53 random bits."""
-        return (self.words(count) >> np.uint64(11)) * 2.0**-53
-
-    def normal(self, count: int) -> np.ndarray:
-        """Mean 0, variance 1, |x| < 3.47: the sum of the four 16-bit lanes of a word (no libm, no byte order)."""
-        return (self.words(count).view(np.uint16).reshape(count, 4).sum(1, dtype=np.int64) - 131070) / 37837.0
+    def words(self, *shape: int) -> np.ndarray:
+        return self._bits.random_raw(math.prod(shape)).reshape(shape)
 
     def between(self, low: float, high: float) -> float:
         if not self._scalars:
-            self._scalars = self.uniform(64).tolist()
+            self._scalars = unit(self.words(64)).tolist()
         return low + (high - low) * self._scalars.pop()
 
     def chance(self, probability: float) -> bool:
@@ -51,6 +44,18 @@ class Draws:
 
     def pick(self, options: Sequence):
         return options[int(self.between(0.0, len(options)))]
+
+
+def unit(words: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1) with 53 random bits, of the same shape as the words."""
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def bell(words: np.ndarray) -> np.ndarray:
+    """Numbers of mean 0, variance 1 and |x| < 3.47: the sum of the four 16-bit lanes of a word (no libm)."""
+    low, high = words & np.uint64(0x0000FFFF0000FFFF), (words >> np.uint64(16)) & np.uint64(0x0000FFFF0000FFFF)
+    pair = low + high
+    return ((pair & np.uint64(0xFFFFFFFF)) + (pair >> np.uint64(32))).astype(np.float64) / 37837.0 - 131070 / 37837.0
 
 
 class _End(NamedTuple):

@@ -9,13 +9,14 @@ and labels that are displaced, missing, invented and confused.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from perceiver.scene import Scene
-from train.roof_shapes import EAVE, FLASHING, HIP, RAKE, RIDGE, STEP_FLASHING, VALLEY, Roof
-from train.roof_types import Draws, draw_roof
+from train.roof_shapes import EAVE, FLASHING, HIP, RAKE, RIDGE, STEP_FLASHING, VALLEY, Roof, cross
+from train.roof_types import Draws, bell, draw_roof, unit
 
 SETTINGS = ("easy", "real")
 
@@ -29,6 +30,7 @@ _GESTALT_ID = np.array([1, 2, 3, 5, 4, 6, 11, 12, 9, 10, 13, 20, 26])
 _HOUSE_IDS = np.array([20, 20, 20, 21, 22, 16, 16, 14, 18, 25])
 # what stands in front of houses, in ids of ADE: tree, plant, car, fence
 _OCCLUDER_IDS = np.array([4, 4, 4, 17, 20, 32])
+_PIECES, _CLUMPS, _CLUMP_M, _BOX_POINTS = 4, 4, 0.6, 256
 _TIER = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 3, 4])
 
 
@@ -48,10 +50,10 @@ class _Setting:
 
 _SETTINGS = {
     "easy": _Setting(
-        types=("gable", "gable", "hip", "half-hip", "pyramid", "L", "T", "T", "lean-to"),
+        types=("shed", "pyramid", "gable", "hip", "half-hip", "L", "T", "T", "lean-to"),
         yaw_rad=0.15,
         shares=(0.16, 0.38, 0.26, 0.12, 0.08),
-        blob_m=0.11,
+        blob_m=0.09,
         noise_m=(0.03, 0.08),
         back_density=0.4,
         hidden=2,
@@ -87,190 +89,189 @@ def generate_scene(index: int, *, seed: int, points: int, setting: str) -> Scene
         raise ValueError(f"points must be at least 16, got {points}")
     s = _SETTINGS[setting]
     d = Draws(seed, index, 0)
-    house = _place(d, draw_roof(d, d.pick(s.types)), s)
-    center, scale = _robust_box(_surface_points(d, house, 256))
-    vertices_V3 = house.roof.vertices_V3.astype(np.float32)
-    segments_E23 = (house.roof.vertices_V3[house.roof.edges_E2] - center) / scale
+    roof = _place(d, draw_roof(d, d.pick(s.types)), s)
+    patches = _patches(d, roof, s)
+    center, scale = _robust_box(d, patches)
     return Scene(
         order_id=f"roofs-{setting}-{seed}-{index:06d}",
-        gt_segments=segments_E23.astype(np.float32),
-        gt_vertices=vertices_V3,
-        gt_edges=house.roof.edges_E2.astype(np.int32),
-        gt_edge_classes=house.roof.edge_class_E,
+        gt_segments=((roof.vertices_V3[roof.edges_E2] - center) / scale).astype(np.float32),
+        gt_vertices=roof.vertices_V3.astype(np.float32),
+        gt_edges=roof.edges_E2.astype(np.int32),
+        gt_edge_classes=roof.edge_class_E,
         center=center.astype(np.float32),
         scale=np.asarray(scale, np.float32),
-        **_observe(Draws(seed, index, 1), house, points, s, center, scale),
+        **_observe(Draws(seed, index, 1), patches, points, s, center, scale),
     )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _House:
-    """A roof in the world, the height of the ground, and how well each place is seen."""
+class _Patches:
+    """What points lie on: p = origin + u first + v second, u and v in [0, 1), folded to u + v <= 1 on triangles.
 
-    roof: Roof
-    ground: float
-    front_xz: tuple[float, float]
-    hidden_K3: np.ndarray
-    back_density: float
+    A vertex is a patch without arms, an edge piece has one arm. `spread_K` is the deviation, in metres, of points
+    from their patch; `label_K4` holds class_id, visible_src, visible_id and behind.
+    """
 
-    def density(self, points_N3: np.ndarray) -> np.ndarray:
-        """Chance in [0, 1] that a point is seen: it falls from the front of the house to its back."""
-        low, high = self.roof.vertices_V3.min(0), self.roof.vertices_V3.max(0)
-        x, _, z = ((points_N3 - (low + high) / 2) / (high - low).max()).T
-        behind = 0.5 - x * self.front_xz[0] - z * self.front_xz[1]
-        density = 1 - (1 - self.back_density) * np.clip(behind, 0.0, 1.0)
-        for center in self.hidden_K3:
-            offset = points_N3 - center[:3]
-            density[(offset * offset).sum(1) < 1.0] *= 0.05
-        return density
+    origin_K3: np.ndarray
+    first_K3: np.ndarray
+    second_K3: np.ndarray
+    triangle_K: np.ndarray
+    spread_K: np.ndarray
+    weight_K: np.ndarray
+    label_K4: np.ndarray
+
+    def choose(self, words: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
+        """Draw patches in proportion to weights."""
+        total_K = np.cumsum(weight_K)
+        return np.minimum(np.searchsorted(total_K, unit(words) * total_K[-1], side="right"), len(total_K) - 1)
+
+    def places(self, patch_N: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """Draw a place on each of the given patches."""
+        u, v = (words >> np.uint64(32)) * 2.0**-32, (words & np.uint64(0xFFFFFFFF)) * 2.0**-32
+        fold = self.triangle_K[patch_N] & (u + v > 1)
+        u, v = np.where(fold, 1 - u, u), np.where(fold, 1 - v, v)
+        return self.origin_K3[patch_N] + u[:, None] * self.first_K3[patch_N] + v[:, None] * self.second_K3[patch_N]
 
 
-def _place(d: Draws, roof: Roof, s: _Setting) -> _House:
-    """Turn a roof, put it somewhere, round it to the grid, and choose what is hidden."""
-    yaw, front = d.between(-s.yaw_rad, s.yaw_rad), d.between(0.0, 2 * math.pi)
+def _place(d: Draws, roof: Roof, s: _Setting) -> Roof:
+    """Turn a roof, put it somewhere and round it to the grid."""
+    yaw = d.between(-s.yaw_rad, s.yaw_rad)
     cos, sin = math.cos(yaw), math.sin(yaw)
     x, y, z = (roof.vertices_V3 - (roof.vertices_V3.min(0) + roof.vertices_V3.max(0)) / 2).T
     offset = [d.between(-5.0, 5.0), d.between(4.0, 6.0), d.between(-5.0, 5.0)]
-    turned = np.stack([x * cos + z * sin, y, z * cos - x * sin], axis=1) + offset
-    vertices_V3 = np.round(turned / _GRID_M) * _GRID_M
-    roof = Roof(**{**vars(roof), "vertices_V3": vertices_V3})
-    hidden = vertices_V3[[d.pick(range(len(vertices_V3))) for _ in range(s.hidden)]]
-    return _House(
-        roof=roof,
-        ground=float(vertices_V3[:, 1].min()) - d.between(2.4, 3.2),
-        front_xz=(math.cos(front), math.sin(front)),
-        hidden_K3=hidden,
-        back_density=s.back_density,
+    vertices_V3 = np.stack([x * cos + z * sin, y, z * cos - x * sin], axis=1) + offset
+    return replace(roof, vertices_V3=np.round(vertices_V3 / _GRID_M) * _GRID_M)
+
+
+def _split_triangles(corners_K33: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Origins and arms of the four parts of triangles, cut at the middles of their sides."""
+    a, b, c = corners_K33[:, 0], corners_K33[:, 1], corners_K33[:, 2]
+    first, second = (b - a) / 2, (c - a) / 2
+    origin = np.concatenate([a, a + first, a + second, a + first + second])
+    return origin, np.concatenate([first] * 3 + [-first]), np.concatenate([second] * 3 + [-second])
+
+
+def _seen(d: Draws, roof: Roof, s: _Setting) -> Callable[[np.ndarray], np.ndarray]:
+    """Draw how well places are seen, in [0, 1]: ever less towards the back of the house, hardly at all behind trees."""
+    front = d.between(0.0, 2 * math.pi)
+    low, high = roof.vertices_V3.min(0), roof.vertices_V3.max(0)
+    toward = np.array([math.cos(front), 0.0, math.sin(front)]) / (high - low).max()
+    trees_J3 = roof.vertices_V3[[d.pick(range(len(roof.vertices_V3))) for _ in range(s.hidden)]]
+
+    def density(points_K3: np.ndarray) -> np.ndarray:
+        x, _, z = ((points_K3 - (low + high) / 2) * toward).T
+        seen_K = 1 - (1 - s.back_density) * np.clip(0.5 - x - z, 0.0, 1.0)
+        offset_KJ3 = points_K3[:, None] - trees_J3
+        return np.where(((offset_KJ3 * offset_KJ3).sum(2) < 1.0).any(1), 0.05 * seen_K, seen_K)
+
+    return density
+
+
+def _patches(d: Draws, roof: Roof, s: _Setting) -> _Patches:
+    """Lay patches over vertices, edges, faces, walls and clutter, weighted by size, share and view."""
+    vertices_V3, none_V3 = roof.vertices_V3, np.zeros_like(roof.vertices_V3)
+    a, b = vertices_V3[roof.edges_E2[:, 0]], vertices_V3[roof.edges_E2[:, 1]]
+    arm = (b - a) / _PIECES
+    pieces = np.concatenate([a + i * arm for i in range(_PIECES)])
+    arms = np.concatenate([arm] * _PIECES)
+    ground = vertices_V3[:, 1].min() - d.between(2.4, 3.2)
+    top_a, top_b = a[roof.wall_E], b[roof.wall_E]
+    base_a, base_b = (np.stack([p[:, 0], np.full(len(p), ground), p[:, 2]], axis=1) for p in (top_a, top_b))
+    walls = np.concatenate([np.stack([top_a, top_b, base_b], 1), np.stack([top_a, base_b, base_a], 1)])
+    low, high = vertices_V3.min(0) - 1.5, vertices_V3.max(0) + 1.5
+    low[1] = ground
+    clumps = low + unit(d.words(_CLUMPS, 3)) * (high - low)
+
+    sheets = (
+        (vertices_V3, none_V3, none_V3),
+        (pieces, arms, np.zeros_like(arms)),
+        _split_triangles(vertices_V3[roof.triangles_K3]),
+        _split_triangles(walls),
+        (clumps, np.zeros_like(clumps), np.zeros_like(clumps)),
+    )
+    sizes = [len(sheet[0]) for sheet in sheets]
+    origin_K3, first_K3, second_K3 = (np.concatenate([sheet[i] for sheet in sheets]) for i in range(3))
+    sheet_K = np.repeat(np.arange(5), sizes)
+    class_K = np.concatenate(
+        [
+            roof.vertex_class_V,
+            np.tile(_POINT_CLASS[roof.edge_class_E], _PIECES),
+            np.repeat([_ROOF_FACE, _OTHER_HOUSE, _NON_HOUSE], sizes[2:]),
+        ]
+    )
+    across_K3 = cross(first_K3, second_K3)
+    size_K = np.where(sheet_K == 1, (first_K3 * first_K3).sum(1), (across_K3 * across_K3).sum(1)) ** 0.5
+    size_K[(sheet_K == 0) | (sheet_K == 4)] = 1.0
+    weight_K = size_K * _seen(d, roof, s)(origin_K3 + (first_K3 + second_K3) / 3)
+    weight_K *= (np.array(s.shares) / np.bincount(sheet_K, weights=weight_K, minlength=5))[sheet_K]
+    return _Patches(
+        origin_K3=origin_K3,
+        first_K3=first_K3,
+        second_K3=second_K3,
+        triangle_K=(sheet_K == 2) | (sheet_K == 3),
+        spread_K=np.array([s.blob_m, 0.0, 0.0, 0.0, _CLUMP_M])[sheet_K],
+        weight_K=weight_K,
+        label_K4=_labels(d, class_K),
     )
 
 
-def _surface_points(d: Draws, house: _House, count: int) -> np.ndarray:
-    """Points on faces and walls, two to one."""
-    walls = count // 3
-    return np.concatenate([_face_points(d, house.roof, count - walls), _wall_points(d, house, walls)])
+def _labels(d: Draws, class_K: np.ndarray) -> np.ndarray:
+    """What the pictures show at a patch: class_id, and visible_src, visible_id and behind that go with it."""
+    other_K, occluder_K = (
+        ids[(unit(d.words(len(class_K))) * len(ids)).astype(np.int64)] for ids in (_HOUSE_IDS, _OCCLUDER_IDS)
+    )
+    behind_K = np.where(class_K == _OTHER_HOUSE, other_K, _GESTALT_ID[class_K])
+    occluded_K = class_K == _NON_HOUSE
+    return np.stack([class_K, 1 + occluded_K, np.where(occluded_K, occluder_K, behind_K), behind_K], axis=1)
 
 
-def _robust_box(points_N3: np.ndarray) -> tuple[np.ndarray, float]:
-    """Centre and diagonal of the box between the 2.5 % quantiles of the points within 2.5 MAD of the median."""
-    offset = points_N3 - np.median(points_N3, axis=0)
-    distance = np.sqrt((offset * offset).sum(1))
-    median = np.median(distance)
-    kept = np.sort(points_N3[distance <= median + 2.5 * np.median(np.abs(distance - median))], axis=0)
+def _median(values: np.ndarray) -> np.ndarray:
+    """The lower median along the first axis."""
+    return np.sort(values, axis=0)[(len(values) - 1) // 2]
+
+
+def _robust_box(d: Draws, patches: _Patches) -> tuple[np.ndarray, float]:
+    """Centre and diagonal of the box around what is seen of the surfaces.
+
+    The box lies between the 2.5 % quantiles of the points within 2.5 MAD of the median.
+    """
+    words = d.words(2, _BOX_POINTS)
+    patch_N = patches.choose(words[0], patches.weight_K * patches.triangle_K)
+    points_N3 = patches.places(patch_N, words[1])
+    offset_N3 = points_N3 - _median(points_N3)
+    distance_N = np.sqrt((offset_N3 * offset_N3).sum(1))
+    median = _median(distance_N)
+    kept = np.sort(points_N3[distance_N <= median + 2.5 * _median(np.abs(distance_N - median))], axis=0)
     cut = round(0.025 * (len(kept) - 1))
     low, high = kept[cut], kept[len(kept) - 1 - cut]
     size = high - low
     center = np.round((low + high) / 2 / _GRID_M) * _GRID_M
-    return center, max(round(float(np.sqrt((size * size).sum())) / _GRID_M) * _GRID_M, 1e-6)
+    return center, round(float(np.sqrt((size * size).sum())) / _GRID_M) * _GRID_M
 
 
-def _choose(d: Draws, weight_K: np.ndarray, count: int) -> np.ndarray:
-    """Draw indices in proportion to weights."""
-    total = np.cumsum(weight_K)
-    return np.minimum(np.searchsorted(total, d.uniform(count) * total[-1], side="right"), len(total) - 1)
-
-
-def _edge_lengths(roof: Roof) -> np.ndarray:
-    along = roof.vertices_V3[roof.edges_E2[:, 1]] - roof.vertices_V3[roof.edges_E2[:, 0]]
-    return np.sqrt((along * along).sum(1))
-
-
-def _on_edges(d: Draws, roof: Roof, edges_N: np.ndarray) -> np.ndarray:
-    a, b = (roof.vertices_V3[roof.edges_E2[edges_N, i]] for i in (0, 1))
-    return a + d.uniform(len(edges_N))[:, None] * (b - a)
-
-
-def _wall_points(d: Draws, house: _House, count: int) -> np.ndarray:
-    """Points between the free eaves and rakes and the ground."""
-    length_E = _edge_lengths(house.roof) * house.roof.wall_E
-    points = _on_edges(d, house.roof, _choose(d, length_E, count))
-    points[:, 1] += d.uniform(count) * (house.ground - points[:, 1])
-    return points
-
-
-def _face_points(d: Draws, roof: Roof, count: int) -> np.ndarray:
-    """Points on roof faces, uniform by area: drawn in the plan box of a face, kept inside its outline."""
-    corner_FK3 = roof.vertices_V3[roof.faces_FK]
-    following_FK3 = np.roll(corner_FK3, -1, axis=1)
-    minus, plus = corner_FK3 - following_FK3, corner_FK3 + following_FK3
-    normal_F3 = (minus[..., [1, 2, 0]] * plus[..., [2, 0, 1]]).sum(1)
-    low_F3, size_F3 = corner_FK3.min(1), np.ptp(corner_FK3, axis=1)
-    slant_F = np.sqrt((normal_F3 * normal_F3).sum(1)) / normal_F3[:, 1]
-
-    tries = 3 * count + 32
-    face = _choose(d, size_F3[:, 0] * size_F3[:, 2] * slant_F, tries)
-    x = low_F3[face, 0] + d.uniform(tries) * size_F3[face, 0]
-    z = low_F3[face, 2] + d.uniform(tries) * size_F3[face, 2]
-    x0, z0 = corner_FK3[face, :, 0], corner_FK3[face, :, 2]
-    x1, z1 = following_FK3[face, :, 0], following_FK3[face, :, 2]
-    crosses = (z0 > z[:, None]) != (z1 > z[:, None])
-    left = (x[:, None] - x0) * (z1 - z0) < (x1 - x0) * (z[:, None] - z0)
-    inside = np.flatnonzero(((crosses & (left == (z1 > z0))).sum(1) & 1) == 1)
-    kept = np.resize(inside, count)
-    x, z, face = x[kept], z[kept], face[kept]
-    anchor_N3, normal_N3 = corner_FK3[face, 0], normal_F3[face]
-    drop = ((x - anchor_N3[:, 0]) * normal_N3[:, 0] + (z - anchor_N3[:, 2]) * normal_N3[:, 2]) / normal_N3[:, 1]
-    return np.stack([x, anchor_N3[:, 1] - drop, z], axis=1)
-
-
-def _clutter_points(d: Draws, house: _House, count: int) -> np.ndarray:
-    """Points of trees, cars and fences: a few clumps around the house."""
-    low, high = house.roof.vertices_V3.min(0), house.roof.vertices_V3.max(0)
-    clumps = np.stack([d.uniform(4), d.uniform(4), d.uniform(4)], axis=1) * (high - low + 3.0) + (low - 1.5)
-    clumps[:, 1] = house.ground + d.uniform(4) * (high[1] - house.ground)
-    return clumps[_choose(d, np.ones(4), count)] + 0.6 * d.normal(3 * count).reshape(count, 3)
-
-
-def _observe(d: Draws, house: _House, points: int, s: _Setting, center: np.ndarray, scale: float) -> dict:
-    """Draw the points of a scene with their labels, votes and sources, as fields of `Scene`."""
+def _observe(d: Draws, patches: _Patches, points: int, s: _Setting, center: np.ndarray, scale: float) -> dict:
+    """Draw the points of a scene with labels, votes and sources, as fields of `Scene`."""
     valid = points if not d.chance(s.short) else int(points * d.between(0.6, 1.0))
-    xyz_N3, class_N = _labelled_points(d, house, valid, s)
+    words = d.words(8, valid)
+    patch_N = patches.choose(words[0], patches.weight_K)
     source_N = (np.arange(valid) % 4 == 3).astype(np.uint8)
-    noise_N = np.array(s.noise_m)[source_N]
-    xyz_N3 += noise_N[:, None] * d.normal(3 * valid).reshape(valid, 3)
+    spread_N = patches.spread_K[patch_N] + np.array(s.noise_m)[source_N]
+    xyz_N3 = patches.places(patch_N, words[1]) + spread_N[:, None] * bell(words[2:5]).T
     xyz_N3 = np.round(xyz_N3 / _GRID_M) * _GRID_M
+    class_N, visible_src_N, visible_id_N, behind_N = patches.label_K4[patch_N].T
 
-    occluded_N = class_N == _NON_HOUSE
-    other_N = _HOUSE_IDS[_choose(d, np.ones(len(_HOUSE_IDS)), valid)]
-    gestalt_N = np.where(class_N == _OTHER_HOUSE, other_N, _GESTALT_ID[class_N])
-    occluder_N = _OCCLUDER_IDS[_choose(d, np.ones(len(_OCCLUDER_IDS)), valid)]
-    views_N = 1 + (d.uniform(valid) * d.uniform(valid) * 7.8).astype(np.int64)
-    agree_N = np.minimum(1 + (d.uniform(valid) * views_N).astype(np.int64), views_N)
-
-    order = np.argsort(source_N * 8 + _TIER[class_N], kind="stable")
+    views_N = 1 + (unit(words[5]) * unit(words[6]) * 7.8).astype(np.uint8)
+    agree_N = 1 + (unit(words[7]) * views_N).astype(np.uint8)
+    order = np.argsort((source_N * 8 + _TIER[class_N]).astype(np.uint8), kind="stable")
     order = np.append(order, np.full(points - valid, order[-1]))
     return {
         "xyz_norm": ((xyz_N3 - center) / scale).astype(np.float32)[order],
         "class_id": class_N.astype(np.uint8)[order],
         "source": source_N[order],
         "mask": np.arange(points) < valid,
-        "visible_src": np.where(occluded_N, 2, 1).astype(np.uint8)[order],
-        "visible_id": np.where(occluded_N, occluder_N, gestalt_N).astype(np.int16)[order],
-        "behind": gestalt_N.astype(np.int16)[order],
-        "n_views_voted": views_N.astype(np.uint8)[order],
+        "visible_src": visible_src_N.astype(np.uint8)[order],
+        "visible_id": visible_id_N.astype(np.int16)[order],
+        "behind": behind_N.astype(np.int16)[order],
+        "n_views_voted": views_N[order],
         "vote_frac": (agree_N / views_N).astype(np.float32)[order],
     }
-
-
-def _labelled_points(d: Draws, house: _House, count: int, s: _Setting) -> tuple[np.ndarray, np.ndarray]:
-    """Points on vertices, edges, faces, walls and clutter with the classes of what they lie on."""
-    roof = house.roof
-    numbers = [int(share * count) for share in s.shares]
-    numbers[1] += count - sum(numbers)
-    tries = [3 * n + 8 for n in numbers]
-    vertex_N = _choose(d, np.ones(len(roof.vertices_V3)), tries[0])
-    edge_N = _choose(d, _edge_lengths(roof), tries[1])
-    sheets = (
-        (roof.vertices_V3[vertex_N], roof.vertex_class_V[vertex_N]),
-        (_on_edges(d, roof, edge_N), _POINT_CLASS[roof.edge_class_E[edge_N]]),
-        (_face_points(d, roof, tries[2]), np.full(tries[2], _ROOF_FACE)),
-        (_wall_points(d, house, tries[3]), np.full(tries[3], _OTHER_HOUSE)),
-        (_clutter_points(d, house, tries[4]), np.full(tries[4], _NON_HOUSE)),
-    )
-    xyz, classes = [], []
-    for number, (points_N3, class_N) in zip(numbers, sheets, strict=True):
-        seen = np.flatnonzero(d.uniform(len(points_N3)) < house.density(points_N3))
-        kept = np.resize(seen if len(seen) else np.arange(len(points_N3)), number)
-        xyz.append(points_N3[kept])
-        classes.append(class_N[kept])
-    xyz[0] = xyz[0] + s.blob_m * d.normal(3 * numbers[0]).reshape(-1, 3)
-    return np.concatenate(xyz), np.concatenate(classes)
