@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from perceiver.model import Segments
+from perceiver.model import Perceiver, PerceiverConfig, Segments
 from perceiver.scene import Scene, SceneBatch
-from perceiver.score import ScorePool
-from perceiver.wireframe import PostprocessConfig, true_wireframe
+from perceiver.score import Job, ScorePool, summarize
+from perceiver.wireframe import CORNER_CLASSES, PostprocessConfig, Wireframe, segments_to_wireframe, true_wireframe
 from train.determinism import Machine
 from train.evaluate import (
     SceneRow,
@@ -22,6 +22,7 @@ from train.evaluate import (
     predict_wireframes,
     write_scores,
 )
+from train.roofs import generate_scenes
 
 CPU = Machine(device=torch.device("cpu"), precision="fp32", impl="eager")
 SETTINGS = PostprocessConfig()
@@ -214,3 +215,64 @@ def test_a_run_directory_that_is_not_there_is_an_error(scenes, pool, tmp_path):
     evaluation = evaluate(Oracle(), scenes[:1], machine=CPU, batch=8, postprocess=SETTINGS, pool=pool, yardsticks=False)
     with pytest.raises(FileNotFoundError):
         write_scores(tmp_path / "nowhere", evaluation, set_name="dev", source="", postprocess=SETTINGS)
+
+
+def processed_truth_score(roofs: list[Scene], postprocess: PostprocessConfig) -> float:
+    processed = [segments_to_wireframe(roof.to_world(roof.gt_segments), roof, postprocess) for roof in roofs]
+    return mean_score(roofs, processed)
+
+
+def mean_score(roofs: list[Scene], predictions: list[Wireframe]) -> float:
+    jobs = [Job(roof.order_id, p, true_wireframe(roof)) for roof, p in zip(roofs, predictions, strict=True)]
+    return summarize(ScorePool(1).score(jobs))["hss_mean"]
+
+
+def with_corner_points_on_corners(roof: Scene) -> Scene:
+    """Move each corner-labelled point to the nearest true vertex: labels without scatter."""
+    vertices_V3 = ((roof.gt_vertices - roof.center) / roof.scale).astype(np.float32)
+    is_corner_T = np.isin(roof.class_id, CORNER_CLASSES)
+    xyz_norm = roof.xyz_norm.copy()
+    distance_PV = np.linalg.norm(xyz_norm[is_corner_T, None] - vertices_V3, axis=-1)
+    xyz_norm[is_corner_T] = vertices_V3[distance_PV.argmin(axis=1)]
+    return replace(roof, xyz_norm=xyz_norm)
+
+
+def test_merging_and_levelling_leave_the_truth_of_200_roofs_whole():
+    roofs = generate_scenes(200, seed=7, points=256, setting="easy")
+    assert processed_truth_score(roofs, PostprocessConfig(snap=False)) >= 0.98
+
+
+def test_snapping_leaves_the_truth_whole_where_labels_have_no_scatter():
+    roofs = [with_corner_points_on_corners(roof) for roof in generate_scenes(40, seed=7, points=256, setting="easy")]
+    assert processed_truth_score(roofs, SETTINGS) >= 0.98
+
+
+def test_the_score_measures_the_error_of_corners():
+    roofs = generate_scenes(12, seed=8, points=64, setting="easy")
+    rng = np.random.default_rng(0)
+    scores = []
+    for sigma_m in (0.1, 0.3, 0.5):
+        truths = [true_wireframe(roof) for roof in roofs]
+        noisy = [Wireframe(t.vertices_V3 + sigma_m * rng.normal(size=t.vertices_V3.shape), t.edges_E2) for t in truths]
+        scores.append(mean_score(roofs, noisy))
+    another = mean_score(roofs, [true_wireframe(roof) for roof in (*roofs[1:], roofs[0])])
+    assert 1 > scores[0] > 0.75 > scores[1] > 0.35 > scores[2] > another
+    assert another < 0.05
+
+
+def test_an_untrained_model_is_scored_and_leaves_no_gradient(pool):
+    roofs = generate_scenes(2, seed=9, points=64, setting="easy")
+    model = Perceiver(
+        PerceiverConfig(hidden=64, ff=64, latent_tokens=8, latent_layers=1, decoder_layers=1, segments=16, dropout=0.0)
+    )
+    evaluation = evaluate(model, roofs, machine=CPU, batch=2, postprocess=SETTINGS, pool=pool, yardsticks=False)
+    assert evaluation.summary["hss_mean"] < 0.2
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_yardsticks_of_generated_roofs_are_far_apart(pool):
+    yardsticks = measure_yardsticks(
+        generate_scenes(8, seed=10, points=512, setting="easy"), postprocess=SETTINGS, pool=pool
+    )
+    assert yardsticks["truth_through_postprocessing"]["hss_mean"] > yardsticks["label_clusters"]["hss_mean"] + 0.05
+    assert yardsticks["label_clusters"]["hss_mean"] > 0.4
