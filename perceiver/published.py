@@ -40,7 +40,8 @@ def load_published(path: str | Path) -> Perceiver:
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} is a checkpoint of another model: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is a checkpoint of another model: {reason}") from error
     return model.eval()
 
 
