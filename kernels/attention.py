@@ -10,7 +10,10 @@ import math
 
 import torch
 
+from kernels.attention_backward import attention_backward
 from kernels.attention_eager import NORM_EPS, attention_eager, attention_eager_backward, compute_dtype
+from kernels.attention_forward import attention_forward
+from kernels.attention_tile import dense_rows, keys_to_loop_over
 from kernels.dispatch import resolve, values_are_readable
 
 HEAD_WIDTHS = (16, 32, 64, 128)
@@ -110,6 +113,9 @@ def _forward(
     """o_BHTD, and what the backward needs: logarithms of the softmax sums, inverse norms of queries and of keys."""
     if 0 in (q_BHTD.numel(), k_BGSD.numel()):
         return tuple(x.zero_() for x in _empty_outputs(q_BHTD, k_BGSD))
+    if impl == "triton":
+        inputs = _kernel_inputs(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS)
+        return attention_forward(*inputs, softmax, precision, split)
     valid_BS = _valid_keys(key_count_B, key_mask_BS, k_BGSD.shape[2])
     return attention_eager(q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid_BS)
 
@@ -117,6 +123,11 @@ def _forward(
 @_forward.register_fake
 def _(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS, softmax, precision, split, impl):
     return _empty_outputs(q_BHTD, k_BGSD)
+
+
+def _kernel_inputs(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS):
+    rows = (dense_rows(x) for x in (q_BHTD, k_BGSD, v_BGSD))
+    return *rows, log_scale_H.contiguous(), *keys_to_loop_over(key_count_B, key_mask_BS)
 
 
 def _empty_outputs(q_BHTD, k_BGSD):
@@ -144,6 +155,9 @@ def _backward(
     """The gradients of q, k, v and log_scale."""
     if 0 in (q_BHTD.numel(), k_BGSD.numel()):
         return tuple(torch.zeros_like(x) for x in (q_BHTD, k_BGSD, v_BGSD, log_scale_H))
+    if impl == "triton":
+        inputs = _kernel_inputs(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS)
+        return attention_backward(dense_rows(do_BHTD), *inputs, o_BHTD, lse_BHT, rq_BHT, rk_BGS, precision)
     valid_BS = _valid_keys(key_count_B, key_mask_BS, k_BGSD.shape[2])
     return attention_eager_backward(
         do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid_BS, o_BHTD, lse_BHT, rq_BHT, rk_BGS

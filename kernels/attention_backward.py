@@ -1,0 +1,169 @@
+"""Triton backward of `gqa_attention` in two passes, without atomics or workspace.
+
+    p = exp2( x - lse_i ) <= 1, x as in the forward,   ds = p (dp - delta_i),   dp = <do_i, v_j>,   delta = <do, o>
+
+    dq    one program per block of queries:  dqh = tau sum_j ds rk_j k_j,  dot = <rq q, dqh>
+              dq = rq (dqh - rq q dot),  d log_scale = sum over items and queries of dot
+    dkv   one program per block of keys of a kv head; heads of the group and queries in ascending order:
+              B_j = sum_hi ds (rq_i tau) q_i,  dk = rk (B - rk k <rk k, B>),  dv = sum_hi p do
+
+A q or k shorter than eps is divided by a constant: its projection term falls away.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention_tile import (
+    INF,
+    LOG2E,
+    SHORT,
+    count_of,
+    finite,
+    launch_options,
+    load_rows,
+    locate,
+    store_rows,
+    strides,
+    valid_keys,
+)
+
+
+def attention_backward(
+    do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS, o_BHTD, lse_BHT, rq_BHT, rk_BGS, precision
+):
+    """Return the gradients of q, k, v and log_scale."""
+    (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
+    dq_BHTD, dk_BGSD, dv_BGSD = (torch.empty_like(x) for x in (q_BHTD, k_BGSD, v_BGSD))
+    delta_BHT, scale_BHT = torch.empty_like(lse_BHT), torch.empty_like(lse_BHT)
+    dlog_scale_H = torch.empty_like(log_scale_H)
+    settings = {"H": H, "R": H // G, "D": D, "PRECISION": precision}
+    rows = [strides(x) for x in (q_BHTD, k_BGSD, v_BGSD, do_BHTD)]
+
+    options = launch_options("dq", q_BHTD, precision)
+    blocks = triton.cdiv(T, options["BLOCK_T"])
+    dot = q_BHTD.new_empty(B, H, blocks, dtype=torch.float32)
+    _attention_dq_kernel[(B * H * blocks,)](
+        q_BHTD, k_BGSD, v_BGSD, do_BHTD, log_scale_H, rq_BHT, rk_BGS, lse_BHT, key_count_B, key_mask_BS,
+        o_BHTD, dq_BHTD, delta_BHT, scale_BHT, dot, *rows, strides(o_BHTD), strides(dq_BHTD), T, S,
+        **settings, **options,
+    )  # fmt: skip
+    _attention_dlog_scale_kernel[(H,)](dot, dlog_scale_H, B, blocks, H=H, BLOCK=256, num_warps=4)
+
+    options = launch_options("dkv", q_BHTD, precision)
+    _attention_dkv_kernel[(B * G * triton.cdiv(S, options["BLOCK_S"]),)](
+        q_BHTD, k_BGSD, v_BGSD, do_BHTD, scale_BHT, rk_BGS, lse_BHT, delta_BHT, key_count_B, key_mask_BS,
+        dk_BGSD, dv_BGSD, *rows, strides(dk_BGSD), strides(dv_BGSD), T, S, **settings, **options,
+    )  # fmt: skip
+    return dq_BHTD, dk_BGSD, dv_BGSD, dlog_scale_H
+
+
+@triton.jit(do_not_specialize=["T", "S"])
+def _attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, log_scale_ptr, rq_ptr, rk_ptr, lse_ptr, key_count_ptr, key_mask_ptr,
+    o_ptr, dq_ptr, delta_ptr, scale_ptr, dot_ptr, stride_q, stride_k, stride_v, stride_do, stride_o, stride_dq, T, S,
+    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    b, h, t = locate(tl.program_id(0), T, H, BLOCK_T)
+    g = h // R
+    row = (b * H + h) * T + t + tl.arange(0, BLOCK_T)
+    in_T = t + tl.arange(0, BLOCK_T) < T
+    q = load_rows(q_ptr + b * stride_q[0] + h * stride_q[1], stride_q[2], t, in_T, BLOCK_T, D)
+    do = load_rows(do_ptr + b * stride_do[0] + h * stride_do[1], stride_do[2], t, in_T, BLOCK_T, D)
+    o = load_rows(o_ptr + b * stride_o[0] + h * stride_o[1], stride_o[2], t, in_T, BLOCK_T, D)
+    # delta = <do, o>
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta_ptr + row, delta, mask=in_T)
+    tau = tl.exp(tl.load(log_scale_ptr + h).to(tl.float32))
+    rq = tl.load(rq_ptr + row, mask=in_T, other=0.0)
+    lse = tl.load(lse_ptr + row, mask=in_T, other=INF)
+    tl.store(scale_ptr + row, rq * tau, mask=in_T)
+    scale = rq * (tau * LOG2E)
+
+    k_ptr += b * stride_k[0] + g * stride_k[1]
+    v_ptr += b * stride_v[0] + g * stride_v[1]
+    rk_ptr += (b * (H // R) + g) * S
+    count = count_of(key_count_ptr, b, S)
+    dqh = tl.zeros([BLOCK_T, D], tl.float32)
+    for s in tl.range(0, count, BLOCK_S):
+        valid = valid_keys(key_mask_ptr, b, S, count, s, BLOCK_S)
+        k = load_rows(k_ptr, stride_k[2], s, valid, BLOCK_S, D)
+        v = load_rows(v_ptr, stride_v[2], s, valid, BLOCK_S, D)
+        rk = tl.load(rk_ptr + s + tl.arange(0, BLOCK_S), mask=valid, other=0.0)
+        # p = exp2( s rk rq c + mb - lse ),  dp = <do, v>
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * rk[None, :] * scale[:, None]
+        p = tl.exp2(logits + (tl.where(valid, 0.0, -INF)[None, :] - lse[:, None]))
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        # dqh = sum_j p (dp - delta) rk k
+        ds = p * (dp - delta[:, None]) * rk[None, :]
+        dqh = tl.dot(finite(ds, k.dtype), k, dqh, input_precision=PRECISION)
+
+    # dot = <rq q, tau dqh>,  dq = rq (tau dqh - [|q| >= eps] rq q dot)
+    dqh *= tau
+    unit = q.to(tl.float32) * rq[:, None]
+    dot = tl.sum(unit * dqh, 1)
+    tl.store(dot_ptr + tl.program_id(0), tl.sum(dot, 0))
+    inside = tl.where(rq < SHORT, dot, 0.0)
+    dq = (dqh - unit * inside[:, None]) * rq[:, None]
+    store_rows(dq_ptr + b * stride_dq[0] + h * stride_dq[1], stride_dq[2], t, in_T, dq, BLOCK_T, D)
+
+
+@triton.jit(do_not_specialize=["B", "blocks"])
+def _attention_dlog_scale_kernel(dot_ptr, dlog_scale_ptr, B, blocks, H: tl.constexpr, BLOCK: tl.constexpr):
+    # d log_scale = sum over items and blocks of queries, BLOCK of them as one tree, then the trees in ascending order
+    h = tl.program_id(0)
+    total = 0.0
+    for start in tl.range(0, B * blocks, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        dot = tl.load(dot_ptr + (i // blocks * H + h) * blocks + i % blocks, mask=i < B * blocks, other=0.0)
+        total += tl.sum(dot, 0)
+    tl.store(dlog_scale_ptr + h, total.to(dlog_scale_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "S"])
+def _attention_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, scale_ptr, rk_ptr, lse_ptr, delta_ptr, key_count_ptr, key_mask_ptr,
+    dk_ptr, dv_ptr, stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv, T, S,
+    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    b, g, s = locate(tl.program_id(0), S, H // R, BLOCK_S)
+    count = count_of(key_count_ptr, b, S)
+    valid = valid_keys(key_mask_ptr, b, S, count, s, BLOCK_S)
+    k = load_rows(k_ptr + b * stride_k[0] + g * stride_k[1], stride_k[2], s, valid, BLOCK_S, D)
+    v = load_rows(v_ptr + b * stride_v[0] + g * stride_v[1], stride_v[2], s, valid, BLOCK_S, D)
+    offs_s = s + tl.arange(0, BLOCK_S)
+    rk = tl.load(rk_ptr + (b * (H // R) + g) * S + offs_s, mask=valid, other=0.0)
+    bias = tl.where(valid, 0.0, -INF)
+    dk = tl.zeros([BLOCK_S, D], tl.float32)
+    dv = tl.zeros([BLOCK_S, D], tl.float32)
+    blocks = tl.cdiv(T, BLOCK_T)
+    for i in tl.range(0, tl.where(s < count, R * blocks, 0)):
+        h = g * R + i // blocks
+        t = i % blocks * BLOCK_T
+        offs_t = t + tl.arange(0, BLOCK_T)
+        in_T = offs_t < T
+        row = (b * H + h) * T + offs_t
+        q = load_rows(q_ptr + b * stride_q[0] + h * stride_q[1], stride_q[2], t, in_T, BLOCK_T, D)
+        do = load_rows(do_ptr + b * stride_do[0] + h * stride_do[1], stride_do[2], t, in_T, BLOCK_T, D)
+        lse = tl.load(lse_ptr + row, mask=in_T, other=INF)
+        delta = tl.load(delta_ptr + row, mask=in_T, other=0.0)
+        scale = tl.load(scale_ptr + row, mask=in_T, other=0.0)
+        # p = exp2( s rk rq c + mb - lse ), transposed
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * rk[:, None] * (scale * LOG2E)[None, :]
+        p = tl.exp2(logits + (bias[:, None] - lse[None, :]))
+        # dv = sum_i p do,  dp = <do, v>
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        # B = sum_i p (dp - delta) rq tau q
+        ds = p * (dp - delta[None, :]) * scale[None, :]
+        dk = tl.dot(finite(ds, q.dtype), q, dk, input_precision=PRECISION)
+
+    # dk = rk (B - [|k| >= eps] rk k <rk k, B>)
+    unit = k.to(tl.float32) * rk[:, None]
+    inside = tl.where(rk < SHORT, tl.sum(unit * dk, 1), 0.0)
+    dk = (dk - unit * inside[:, None]) * rk[:, None]
+    in_S = offs_s < S
+    store_rows(dk_ptr + b * stride_dk[0] + g * stride_dk[1], stride_dk[2], s, in_S, dk, BLOCK_S, D)
+    store_rows(dv_ptr + b * stride_dv[0] + g * stride_dv[1], stride_dv[2], s, in_S, dv, BLOCK_S, D)

@@ -1,0 +1,206 @@
+"""Triton forward of `gqa_attention`: inverse norms of q and k in one launch, then one program per block of queries.
+
+Neither q nor k is normalised; the logits are scaled. With raw products s, tau = exp(log_scale), c = tau log2(e):
+
+    x = s rk_j (rq_i c) + mb_j,   mb = 0 where a key counts, else -inf
+    static    p = exp2( x ),  l = sum_j p,  o = sum_j p v / l,  lse = log2 l
+    online    p = exp2( x - m ) with the running maximum m of the row,  lse = m + log2 l
+    a row without keys: o = 0, and lse = +inf, which makes its weights 0 in the backward
+
+|x| <= c is a static bound: to tau = 60 all weights and sums are normal numbers of float32 and bfloat16 (to tau = 9.7 of
+float16; at 10 the smallest weights lose a bit), so that nothing is subtracted and nothing rescaled.
+
+Keys are added in chunks of CHUNK: each chunk from zero, then the chunks in ascending order. With `split` the chunks of
+a block of queries are shared out to several programs and a second launch adds them in the same order: the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention_tile import (
+    INF,
+    LOG2E,
+    NORM_EPS,
+    count_of,
+    launch_options,
+    load_rows,
+    locate,
+    store_rows,
+    strides,
+    valid_keys,
+)
+
+CHUNK = 512
+NORM_ROWS = 64
+
+
+def attention_forward(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS, softmax, precision, split):
+    """Return o_BHTD, log2 of the softmax sums [B, H, T], and the inverse norms of q and k."""
+    (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
+    o_BHTD = torch.empty_like(q_BHTD)
+    lse_BHT, rq_BHT = (q_BHTD.new_empty(B, H, T, dtype=torch.float32) for _ in range(2))
+    rk_BGS = k_BGSD.new_empty(B, G, S, dtype=torch.float32)
+    programs_q, programs_k = B * H * triton.cdiv(T, NORM_ROWS), B * G * triton.cdiv(S, NORM_ROWS)
+    _attention_norms_kernel[(programs_q + programs_k,)](
+        q_BHTD, k_BGSD, rq_BHT, rk_BGS, key_count_B, key_mask_BS, strides(q_BHTD), strides(k_BGSD),
+        T, S, programs_q, H=H, G=G, D=D, ROWS=NORM_ROWS, num_warps=4,
+    )  # fmt: skip
+
+    options = launch_options("forward", q_BHTD, precision)
+    blocks, chunks = B * H * triton.cdiv(T, options["BLOCK_T"]), triton.cdiv(S, CHUNK)
+    split = min(split, chunks)
+    settings = {"H": H, "D": D, "CHUNK": CHUNK, "ONLINE": softmax == "online"}
+    partial = [None] * 3
+    if split > 1:
+        partial = [q_BHTD.new_empty(B, H, chunks, T, width, dtype=torch.float32) for width in (D, 1, 1)]
+    _attention_fwd_kernel[(blocks, split)](
+        q_BHTD, k_BGSD, v_BGSD, log_scale_H, rq_BHT, rk_BGS, key_count_B, key_mask_BS, o_BHTD, lse_BHT, *partial,
+        strides(q_BHTD), strides(k_BGSD), strides(v_BGSD), strides(o_BHTD), T, S, triton.cdiv(chunks, split),
+        **settings, R=H // G, SPLIT=split > 1, PRECISION=precision, **options,
+    )  # fmt: skip
+    if split > 1:
+        _attention_sum_kernel[(blocks,)](
+            *partial, key_count_B, o_BHTD, lse_BHT, strides(o_BHTD), T, S,
+            **settings, BLOCK_T=options["BLOCK_T"], num_warps=4,
+        )  # fmt: skip
+    return o_BHTD, lse_BHT, rq_BHT, rk_BGS
+
+
+@triton.jit
+def _inverse_norms(x_ptr, r_ptr, stride, b, h, start, length, keep, heads, ROWS: tl.constexpr, D: tl.constexpr):
+    x = load_rows(x_ptr + b * stride[0] + h * stride[1], stride[2], start, keep, ROWS, D).to(tl.float32)
+    r = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(x * x, 1)), NORM_EPS))
+    offs = start + tl.arange(0, ROWS)
+    tl.store(r_ptr + (b * heads + h) * length + offs, r, mask=offs < length)
+
+
+@triton.jit(do_not_specialize=["T", "S", "programs_q"])
+def _attention_norms_kernel(
+    q_ptr, k_ptr, rq_ptr, rk_ptr, key_count_ptr, key_mask_ptr, stride_q, stride_k,
+    T, S, programs_q, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # rq = 1 / max(|q|, eps), rk = 1 / max(|k|, eps)
+    pid = tl.program_id(0)
+    if pid < programs_q:
+        b, h, start = locate(pid, T, H, ROWS)
+        _inverse_norms(q_ptr, rq_ptr, stride_q, b, h, start, T, start + tl.arange(0, ROWS) < T, H, ROWS, D)
+    else:
+        b, g, start = locate(pid - programs_q, S, G, ROWS)
+        valid = valid_keys(key_mask_ptr, b, S, count_of(key_count_ptr, b, S), start, ROWS)
+        _inverse_norms(k_ptr, rk_ptr, stride_k, b, g, start, S, valid, G, ROWS, D)
+
+
+@triton.jit(do_not_specialize=["T", "S", "chunks_each"])
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, log_scale_ptr, rq_ptr, rk_ptr, key_count_ptr, key_mask_ptr, o_ptr, lse_ptr,
+    partial_o_ptr, partial_l_ptr, partial_m_ptr, stride_q, stride_k, stride_v, stride_o, T, S, chunks_each,
+    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, ONLINE: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    b, h, t = locate(tl.program_id(0), T, H, BLOCK_T)
+    g = h // R
+    row = (b * H + h) * T + t + tl.arange(0, BLOCK_T)
+    in_T = t + tl.arange(0, BLOCK_T) < T
+    q = load_rows(q_ptr + b * stride_q[0] + h * stride_q[1], stride_q[2], t, in_T, BLOCK_T, D)
+    tau = tl.exp(tl.load(log_scale_ptr + h).to(tl.float32))
+    scale = tl.load(rq_ptr + row, mask=in_T, other=0.0) * (tau * LOG2E)
+
+    k_ptr += b * stride_k[0] + g * stride_k[1]
+    v_ptr += b * stride_v[0] + g * stride_v[1]
+    rk_ptr += (b * (H // R) + g) * S
+    count = count_of(key_count_ptr, b, S)
+    chunks = tl.cdiv(S, CHUNK)
+    first = tl.program_id(1) * chunks_each
+    o_total = tl.zeros([BLOCK_T, D], tl.float32)
+    l_total = tl.zeros([BLOCK_T], tl.float32)
+    m_total = tl.full([BLOCK_T], -INF, tl.float32)
+    for chunk in tl.range(first, tl.minimum(first + chunks_each, tl.cdiv(count, CHUNK))):
+        o = tl.zeros([BLOCK_T, D], tl.float32)
+        l = tl.zeros([BLOCK_T], tl.float32)
+        m = tl.full([BLOCK_T], -INF, tl.float32)
+        for s in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, count), BLOCK_S):
+            valid = valid_keys(key_mask_ptr, b, S, count, s, BLOCK_S)
+            k = load_rows(k_ptr, stride_k[2], s, valid, BLOCK_S, D)
+            v = load_rows(v_ptr, stride_v[2], s, valid, BLOCK_S, D)
+            rk = tl.load(rk_ptr + s + tl.arange(0, BLOCK_S), mask=valid, other=0.0)
+            # x = s rk rq c + mb,  p = exp2( x )
+            x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * rk[None, :] * scale[:, None]
+            x += tl.where(valid, 0.0, -INF)[None, :]
+            if ONLINE:
+                m_new = tl.maximum(m, tl.max(x, 1))
+                shift = tl.where(m_new > -INF, m_new, 0.0)
+                fade = tl.exp2(m - shift)
+                l *= fade
+                o *= fade[:, None]
+                m = m_new
+                x -= shift[:, None]
+            p = tl.exp2(x)
+            # l = sum_j p,  o = sum_j p v
+            l += tl.sum(p, 1)
+            o = tl.dot(p.to(v.dtype), v, o, input_precision=PRECISION)
+        if SPLIT:
+            line = ((b * H + h) * chunks + chunk) * T
+            store_rows(partial_o_ptr + line * D, D, t, in_T, o, BLOCK_T, D)
+            tl.store(partial_l_ptr + line + t + tl.arange(0, BLOCK_T), l, mask=in_T)
+            tl.store(partial_m_ptr + line + t + tl.arange(0, BLOCK_T), m, mask=in_T)
+        else:
+            o_total, l_total, m_total = _add_chunk(o_total, l_total, m_total, o, l, m, ONLINE)
+    if not SPLIT:
+        o_ptr += b * stride_o[0] + h * stride_o[1]
+        _finish(o_ptr, lse_ptr + row, stride_o[2], t, in_T, o_total, l_total, m_total, ONLINE, BLOCK_T, D)
+
+
+@triton.jit(do_not_specialize=["T", "S"])
+def _attention_sum_kernel(
+    partial_o_ptr, partial_l_ptr, partial_m_ptr, key_count_ptr, o_ptr, lse_ptr, stride_o, T, S,
+    H: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, ONLINE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    b, h, t = locate(tl.program_id(0), T, H, BLOCK_T)
+    offs_t = t + tl.arange(0, BLOCK_T)
+    in_T = offs_t < T
+    o_total = tl.zeros([BLOCK_T, D], tl.float32)
+    l_total = tl.zeros([BLOCK_T], tl.float32)
+    m_total = tl.full([BLOCK_T], -INF, tl.float32)
+    for chunk in tl.range(0, tl.cdiv(count_of(key_count_ptr, b, S), CHUNK)):
+        line = ((b * H + h) * tl.cdiv(S, CHUNK) + chunk) * T
+        o = load_rows(partial_o_ptr + line * D, D, t, in_T, BLOCK_T, D)
+        l = tl.load(partial_l_ptr + line + offs_t, mask=in_T, other=0.0)
+        m = tl.load(partial_m_ptr + line + offs_t, mask=in_T, other=0.0)
+        o_total, l_total, m_total = _add_chunk(o_total, l_total, m_total, o, l, m, ONLINE)
+    o_ptr += b * stride_o[0] + h * stride_o[1]
+    lse_ptr += (b * H + h) * T + offs_t
+    _finish(o_ptr, lse_ptr, stride_o[2], t, in_T, o_total, l_total, m_total, ONLINE, BLOCK_T, D)
+
+
+@triton.jit
+def _add_chunk(o_total, l_total, m_total, o, l, m, ONLINE: tl.constexpr):
+    """Add a chunk to the sums of the chunks before it."""
+    if ONLINE:
+        m_new = tl.maximum(m_total, m)
+        shift = tl.where(m_new > -INF, m_new, 0.0)
+        fade, scale = tl.exp2(m_total - shift), tl.exp2(m - shift)
+        # spelled out as fma: the compiler may not choose in one kernel what it did not choose in another
+        o_total = tl.fma(o_total, tl.broadcast_to(fade[:, None], o.shape), o * scale[:, None])
+        l_total = tl.fma(l_total, fade, l * scale)
+        m_total = m_new
+    else:
+        o_total += o
+        l_total += l
+    return o_total, l_total, m_total
+
+
+@triton.jit
+def _finish(
+    o_ptr, lse_ptr, stride, t, in_T, o, l, m, ONLINE: tl.constexpr, BLOCK_T: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Store o / l and the logarithm of the sum; 0 and +inf for rows without keys."""
+    some = l > 0
+    l = tl.where(some, l, 1.0)
+    lse = tl.log2(l)
+    if ONLINE:
+        lse += m
+    store_rows(o_ptr, stride, t, in_T, o * tl.where(some, 1.0 / l, 0.0)[:, None], BLOCK_T, D)
+    tl.store(lse_ptr, tl.where(some, lse, INF), mask=in_T)

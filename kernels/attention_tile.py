@@ -1,0 +1,131 @@
+"""What the Triton kernels of `gqa_attention` share: the launch table, and how rows and keys are read.
+
+Tiles are [BLOCK_T, D] of queries and [BLOCK_S, D] of keys. A key that does not count is loaded as 0 and its weight is
+exactly 0, so that neither garbage in it nor the number of such keys has an influence.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NORM_EPS = tl.constexpr(1e-12)
+# inverse norms from here on are those of vectors shorter than NORM_EPS, up to rounding
+SHORT = tl.constexpr(0.9999e12)
+INF = tl.constexpr(float("inf"))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A launch: queries and keys of a tile, warps, stages of the pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        return {
+            "BLOCK_T": self.queries,
+            "BLOCK_S": self.keys,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+def launch_options(kernel: str, q_BHTD: torch.Tensor, precision: str) -> dict[str, int]:
+    """The block sizes, warps and stages of a launch. They decide its bits, so they are found by hand and kept here."""
+    products = precision if q_BHTD.dtype == torch.float32 else "half"
+    return TILES[_family(q_BHTD), products, q_BHTD.shape[-1]][KERNELS.index(kernel)].options()
+
+
+def _family(tensor: torch.Tensor) -> str:
+    """The architectures that share launches: by shared memory and matrix instructions."""
+    if tensor.is_cuda:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        return "sm_90"
+    else:
+        major, minor = divmod(triton.runtime.driver.active.get_current_target().arch, 10)
+    if major in (9, 10):
+        return f"sm_{major}0"
+    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_89"
+
+
+def strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Of items, heads and rows."""
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """The kernels take any strides but within a row."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def keys_to_loop_over(key_count_B, key_mask_BS):
+    """Return how many keys of each item the loops run over, and the mask as bytes; None: all of them, no mask."""
+    if key_mask_BS is None:
+        return None if key_count_B is None else key_count_B.contiguous(), None
+    ends_S = torch.arange(1, key_mask_BS.shape[1] + 1, device=key_mask_BS.device, dtype=torch.int32)
+    return torch.where(key_mask_BS, ends_S, 0).amax(1), key_mask_BS.contiguous().view(torch.uint8)
+
+
+KERNELS = ("forward", "dq", "dkv")
+# (family, products, D) -> tiles of forward, dq, dkv
+TILES = {
+    (family, products, D): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 3))
+    for family in ("sm_80", "sm_89", "sm_90", "sm_100")
+    for products in ("half", "tf32", "ieee")
+    for D in (16, 32, 64, 128)
+}
+
+
+@triton.jit
+def locate(pid, length, heads: tl.constexpr, BLOCK: tl.constexpr):
+    """Return item, head and first row of program `pid`, of those of one head and then of one item side by side."""
+    blocks = tl.cdiv(length, BLOCK)
+    return (pid // blocks // heads).to(tl.int64), pid // blocks % heads, pid % blocks * BLOCK
+
+
+@triton.jit
+def load_rows(ptr, stride, start, keep, ROWS: tl.constexpr, D: tl.constexpr):
+    """Rows of a [*, D] matrix; 0 where not kept."""
+    rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+    return tl.load(ptr + rows[:, None] * stride + tl.arange(0, D)[None, :], mask=keep[:, None], other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, stride, start, keep, values, ROWS: tl.constexpr, D: tl.constexpr):
+    rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+    ptrs = ptr + rows[:, None] * stride + tl.arange(0, D)[None, :]
+    tl.store(ptrs, values.to(ptr.dtype.element_ty), mask=keep[:, None])
+
+
+@triton.jit
+def finite(values, dtype: tl.constexpr):
+    """As operand of a product; float16 saturates, as infinity times the 0 of a short q or k would be NaN."""
+    if dtype == tl.float16:
+        values = tl.clamp(values, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return values.to(dtype)
+
+
+@triton.jit
+def count_of(key_count_ptr, b, S):
+    """How many keys an item's loops run over."""
+    if key_count_ptr is None:
+        return S
+    else:
+        return tl.minimum(tl.maximum(tl.load(key_count_ptr + b), 0), S).to(tl.int32)
+
+
+@triton.jit
+def valid_keys(key_mask_ptr, b, S, count, start, BLOCK_S: tl.constexpr):
+    """Which keys of a tile count."""
+    offs_s = start + tl.arange(0, BLOCK_S)
+    valid = offs_s < count
+    if key_mask_ptr is not None:
+        valid = valid & (tl.load(key_mask_ptr + b * S + offs_s, mask=valid, other=0) != 0)
+    return valid
