@@ -1,0 +1,62 @@
+"""The deterministic state: what is set, what "auto" becomes, what is refused."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from train.determinism import EnvironmentRefused, _fix_cublas_workspace, enter
+
+
+def test_the_state_is_entered():
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = True
+    enter(threads=1, precision="fp32", impl="eager", device="cpu")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.backends.cudnn.benchmark
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert torch.get_num_threads() == 1
+
+
+def test_threads_are_the_recipes():
+    code = (
+        "import torch; from train.determinism import enter;"
+        "enter(threads=3, precision='auto', impl='auto', device='cpu'); print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "3"
+
+
+def test_auto_on_a_cpu_is_float32_and_eager():
+    machine = enter(threads=1, precision="auto", impl="auto", device="cpu")
+    assert (machine.device.type, machine.precision, machine.impl) == ("cpu", "fp32", "eager")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_autocast_follows_the_precision(precision):
+    with enter(threads=1, precision=precision, impl="eager", device="cpu").autocast():
+        dtype = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+    assert dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def test_what_the_machine_lacks_is_refused():
+    with pytest.raises(ValueError, match="precision must be auto or one of"):
+        enter(threads=1, precision="fp8", impl="eager", device="cpu")
+    with pytest.raises(ValueError, match="'tf32' needs a CUDA device"):
+        enter(threads=1, precision="tf32", impl="eager", device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device"):
+            enter(threads=1, precision="fp32", impl="eager", device="cuda")
+
+
+def test_another_cublas_workspace_is_refused_with_the_cure(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with pytest.raises(EnvironmentRefused, match="export CUBLAS_WORKSPACE_CONFIG=:4096:8"):
+        _fix_cublas_workspace()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(EnvironmentRefused, match="before CUDA starts, it is None"):
+        _fix_cublas_workspace()

@@ -1,0 +1,60 @@
+"""A run's directory: one process, one recipe, logs cut back to the checkpoint."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from train.config import load_recipe
+from train.rundir import RunDirectory, RunRefused
+
+RECIPE = load_recipe("tiny")
+
+
+def test_a_second_process_is_refused_while_the_first_holds_the_lock(tmp_path):
+    with (
+        RunDirectory(tmp_path / "run").locked(),
+        pytest.raises(RunRefused, match="in use by another process"),
+        RunDirectory(tmp_path / "run").locked(),
+    ):
+        pass
+    with RunDirectory(tmp_path / "run").locked():
+        pass
+
+
+def test_another_recipe_is_refused_and_the_first_one_kept(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.fix_recipe(RECIPE)
+    directory.fix_recipe(RECIPE)
+    with pytest.raises(RunRefused, match=r"another recipe \(different: seed\); take another --name"):
+        directory.fix_recipe(dataclasses.replace(RECIPE, seed=9))
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == RECIPE.seed
+
+
+def test_logs_are_cut_back_to_the_step_and_half_lines_dropped(tmp_path):
+    directory = RunDirectory(tmp_path)
+    for step in (1, 2, 3):
+        directory.append("metrics", kind="train", step=step)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tr')
+    directory.cut_logs(2)
+    assert [line["step"] for line in directory.read("metrics")] == [1, 2]
+    assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
+    directory.flush_logs()
+
+
+def test_a_log_that_is_not_there_is_empty(tmp_path):
+    assert RunDirectory(tmp_path).read("metrics") == []
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunRefused, match="cannot be made: Not a directory"):
+        RunDirectory(tmp_path / "file" / "run")
+
+
+def test_a_read_only_directory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(RunRefused, match="cannot be written"):
+        RunDirectory(tmp_path)
