@@ -234,9 +234,9 @@ def _draw_end(d: Draws, half: float) -> _End:
     return _draw_hip(d, half) if kind < 0.9 else _draw_half_hip(d, half)
 
 
-def _draw_body(d: Draws, left: Callable | None = None, right: Callable | None = None) -> _Body:
+def _draw_body(d: Draws, left: Callable | None = None, right: Callable | None = None, half_m=(1.5, 2.4)) -> _Body:
     """Draw the sizes of a body; ends are given as functions of (draws, half) or are drawn, too."""
-    half = d.between(1.5, 2.4)
+    half = d.between(*half_m)
     rise = half * d.between(0.55, 1.0)
     ends = [(end or _draw_end)(d, half) for end in (left, right)]
     return _Body(sum(end.run for end in ends) + d.between(3.2, 6.0), half, rise, *ends)

@@ -15,10 +15,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from perceiver.scene import Scene
-from train.roof_shapes import EAVE, FLASHING, HIP, RAKE, RIDGE, STEP_FLASHING, VALLEY, Roof, cross
+from train.roof_shapes import (
+    APEX,
+    EAVE,
+    EAVE_END,
+    FLASHING,
+    FLASHING_END,
+    HIP,
+    RAKE,
+    RIDGE,
+    STEP_FLASHING,
+    VALLEY,
+    Roof,
+    cross,
+)
 from train.roof_types import Draws, bell, draw_roof, unit
-
-SETTINGS = ("easy", "real")
 
 _GRID_M = 1 / 1024
 _ROOF_FACE, _OTHER_HOUSE, _NON_HOUSE = 10, 11, 12
@@ -36,7 +47,22 @@ _TIER = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 3, 4])
 
 @dataclass(frozen=True, kw_only=True)
 class _Setting:
-    """Everything in which `easy` and `real` differ; lengths in metres, shares of points or of vertices."""
+    """Everything in which `easy` and `real` differ.
+
+    Args:
+        types: what roofs are drawn from, each with the same chance.
+        yaw_rad: largest turn to either side.
+        shares: shares of points on vertices, edges, faces, walls and clutter.
+        blob_m: deviation of points with a corner label from the place of the label.
+        noise_m: deviation of points of COLMAP and of depth from their surface.
+        back_density, falloff: points are rarer at the back by back_density ** falloff.
+        trees: number of spheres of 1 m around vertices that are hardly seen.
+        short: share of scenes with fewer points than rows.
+        shift_m: deviation of the label of a corner or an edge from its place, the same for all its points.
+        missed: share of corners and edges without a label of their own.
+        invented: corner labels where no corner is, per corner.
+        confused: share of points with the label of another point.
+    """
 
     types: tuple[str, ...]
     yaw_rad: float
@@ -44,8 +70,13 @@ class _Setting:
     blob_m: float
     noise_m: tuple[float, float]
     back_density: float
-    hidden: int
+    falloff: int
+    trees: int
     short: float
+    shift_m: float = 0.0
+    missed: float = 0.0
+    invented: float = 0.0
+    confused: float = 0.0
 
 
 _SETTINGS = {
@@ -56,8 +87,24 @@ _SETTINGS = {
         blob_m=0.09,
         noise_m=(0.03, 0.08),
         back_density=0.4,
-        hidden=2,
+        falloff=1,
+        trees=2,
         short=0.15,
+    ),
+    "real": _Setting(
+        types=("house",) * 8 + ("L", "T", "cross", "dormer", "half-hip", "lean-to", "hip", "gable", "pyramid", "shed"),
+        yaw_rad=math.pi,
+        shares=(0.25, 0.30, 0.22, 0.15, 0.08),
+        blob_m=0.15,
+        noise_m=(0.04, 0.10),
+        back_density=0.1,
+        falloff=4,
+        trees=3,
+        short=0.25,
+        shift_m=0.15,
+        missed=0.2,
+        invented=0.3,
+        confused=0.1,
     ),
 }
 
@@ -82,7 +129,7 @@ def generate_scene(index: int, *, seed: int, points: int, setting: str) -> Scene
     Determinism: a pure function of its arguments, on any machine; `points` changes the points only.
     """
     if setting not in _SETTINGS:
-        raise ValueError(f"setting must be one of {SETTINGS}, got {setting!r}")
+        raise ValueError(f"setting must be one of {tuple(_SETTINGS)}, got {setting!r}")
     if not 0 <= seed < 2**63 or not 0 <= index < 2**63:
         raise ValueError(f"seed and index must be in [0, 2**63), got seed {seed} and index {index}")
     if points < 16:
@@ -156,23 +203,36 @@ def _seen(d: Draws, roof: Roof, s: _Setting) -> Callable[[np.ndarray], np.ndarra
     front = d.between(0.0, 2 * math.pi)
     low, high = roof.vertices_V3.min(0), roof.vertices_V3.max(0)
     toward = np.array([math.cos(front), 0.0, math.sin(front)]) / (high - low).max()
-    trees_J3 = roof.vertices_V3[[d.pick(range(len(roof.vertices_V3))) for _ in range(s.hidden)]]
+    trees_J3 = roof.vertices_V3[[d.pick(range(len(roof.vertices_V3))) for _ in range(s.trees)]]
 
     def density(points_K3: np.ndarray) -> np.ndarray:
         x, _, z = ((points_K3 - (low + high) / 2) * toward).T
-        seen_K = 1 - (1 - s.back_density) * np.clip(0.5 - x - z, 0.0, 1.0)
+        seen_K = (1 - (1 - s.back_density) * np.clip(0.5 - x - z, 0.0, 1.0)) ** s.falloff
         offset_KJ3 = points_K3[:, None] - trees_J3
         return np.where(((offset_KJ3 * offset_KJ3).sum(2) < 1.0).any(1), 0.05 * seen_K, seen_K)
 
     return density
 
 
+def _corner_labels(d: Draws, roof: Roof, s: _Setting) -> tuple[np.ndarray, np.ndarray]:
+    """Places and classes of corner labels: displaced, without a label of their own, and invented along edges."""
+    corners, invented = len(roof.vertices_V3), int(s.invented * len(roof.vertices_V3))
+    edge_N2 = roof.edges_E2[[d.pick(range(len(roof.edges_E2))) for _ in range(invented)]].reshape(-1, 2)
+    along_N = unit(d.words(invented, 1))
+    along_N3 = roof.vertices_V3[edge_N2[:, 0]] * along_N + roof.vertices_V3[edge_N2[:, 1]] * (1 - along_N)
+    places_N3 = np.concatenate([roof.vertices_V3, along_N3])
+    class_V = np.where(unit(d.words(corners)) < s.missed, _ROOF_FACE, roof.vertex_class_V)
+    class_N = np.concatenate([class_V, [d.pick((APEX, EAVE_END, FLASHING_END)) for _ in range(invented)]])
+    return places_N3 + s.shift_m * bell(d.words(*places_N3.shape)), class_N.astype(np.int64)
+
+
 def _patches(d: Draws, roof: Roof, s: _Setting) -> _Patches:
     """Lay patches over vertices, edges, faces, walls and clutter, weighted by size, share and view."""
-    vertices_V3, none_V3 = roof.vertices_V3, np.zeros_like(roof.vertices_V3)
+    vertices_V3, (corners_N3, corner_class_N) = roof.vertices_V3, _corner_labels(d, roof, s)
     a, b = vertices_V3[roof.edges_E2[:, 0]], vertices_V3[roof.edges_E2[:, 1]]
-    arm = (b - a) / _PIECES
-    pieces = np.concatenate([a + i * arm for i in range(_PIECES)])
+    arm, shift = (b - a) / _PIECES, s.shift_m * bell(d.words(*a.shape))
+    pieces = np.concatenate([a + shift + i * arm for i in range(_PIECES)])
+    edge_class_E = np.where(unit(d.words(len(a))) < s.missed, _ROOF_FACE, _POINT_CLASS[roof.edge_class_E])
     arms = np.concatenate([arm] * _PIECES)
     ground = vertices_V3[:, 1].min() - d.between(2.4, 3.2)
     top_a, top_b = a[roof.wall_E], b[roof.wall_E]
@@ -183,7 +243,7 @@ def _patches(d: Draws, roof: Roof, s: _Setting) -> _Patches:
     clumps = low + unit(d.words(_CLUMPS, 3)) * (high - low)
 
     sheets = (
-        (vertices_V3, none_V3, none_V3),
+        (corners_N3, np.zeros_like(corners_N3), np.zeros_like(corners_N3)),
         (pieces, arms, np.zeros_like(arms)),
         _split_triangles(vertices_V3[roof.triangles_K3]),
         _split_triangles(walls),
@@ -194,13 +254,14 @@ def _patches(d: Draws, roof: Roof, s: _Setting) -> _Patches:
     sheet_K = np.repeat(np.arange(5), sizes)
     class_K = np.concatenate(
         [
-            roof.vertex_class_V,
-            np.tile(_POINT_CLASS[roof.edge_class_E], _PIECES),
+            corner_class_N,
+            np.tile(edge_class_E, _PIECES),
             np.repeat([_ROOF_FACE, _OTHER_HOUSE, _NON_HOUSE], sizes[2:]),
         ]
     )
     across_K3 = cross(first_K3, second_K3)
-    size_K = np.where(sheet_K == 1, (first_K3 * first_K3).sum(1), (across_K3 * across_K3).sum(1)) ** 0.5
+    size_K = np.where(sheet_K == 1, (first_K3 * first_K3).sum(1), (across_K3 * across_K3).sum(1))
+    size_K = np.sqrt(size_K)
     size_K[(sheet_K == 0) | (sheet_K == 4)] = 1.0
     weight_K = size_K * _seen(d, roof, s)(origin_K3 + (first_K3 + second_K3) / 3)
     weight_K *= (np.array(s.shares) / np.bincount(sheet_K, weights=weight_K, minlength=5))[sheet_K]
@@ -252,13 +313,14 @@ def _robust_box(d: Draws, patches: _Patches) -> tuple[np.ndarray, float]:
 def _observe(d: Draws, patches: _Patches, points: int, s: _Setting, center: np.ndarray, scale: float) -> dict:
     """Draw the points of a scene with labels, votes and sources, as fields of `Scene`."""
     valid = points if not d.chance(s.short) else int(points * d.between(0.6, 1.0))
-    words = d.words(8, valid)
+    words = d.words(9, valid)
     patch_N = patches.choose(words[0], patches.weight_K)
     source_N = (np.arange(valid) % 4 == 3).astype(np.uint8)
     spread_N = patches.spread_K[patch_N] + np.array(s.noise_m)[source_N]
     xyz_N3 = patches.places(patch_N, words[1]) + spread_N[:, None] * bell(words[2:5]).T
     xyz_N3 = np.round(xyz_N3 / _GRID_M) * _GRID_M
-    class_N, visible_src_N, visible_id_N, behind_N = patches.label_K4[patch_N].T
+    labelled_N = np.where(unit(words[8]) < s.confused, patch_N[::-1], patch_N)
+    class_N, visible_src_N, visible_id_N, behind_N = patches.label_K4[labelled_N].T
 
     views_N = 1 + (unit(words[5]) * unit(words[6]) * 7.8).astype(np.uint8)
     agree_N = 1 + (unit(words[7]) * views_N).astype(np.uint8)
