@@ -8,7 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sinkhorn_tile import AUTO, LOG, SCALING, reverse_tile, solve_tile, uniform_log_masses
+from kernels.sinkhorn_tile import (
+    AUTO,
+    INF,
+    LOG,
+    SCALING,
+    col_offsets,
+    max_over,
+    reverse_tile,
+    row_offsets,
+    solve_tile,
+    sum_over,
+    uniform_log_masses,
+)
 
 MAX_TILE = 128
 # (rows, columns) of the tile -> warps of the forward, warps of the backward
@@ -82,7 +94,7 @@ def _problem(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack):
     log_a, log_b = (None if w is None else w.contiguous() for w in (log_a, log_b))
     problem = (cost, rows, cols, dustbin, log_a, log_b, N, M, iterations, -1.0 / eps)
     block_n, block_m = _tile(N, M)
-    return problem, {"MINIMAL": slack == "minimal", "BLOCK_N": block_n, "BLOCK_M": block_m}
+    return problem, {"MINIMAL": slack == "minimal", "BLOCK_N": block_n, "BLOCK_M": block_m, "N0": 16, "M0": 8}
 
 
 @triton.jit(do_not_specialize=["N", "M", "iterations"])
@@ -106,9 +118,11 @@ def _sinkhorn_fwd_kernel(
     PATH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    N0: tl.constexpr,
+    M0: tl.constexpr,
 ):
     item = tl.program_id(0).to(tl.int64)
-    offs_n, offs_m = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    offs_n, offs_m = row_offsets(BLOCK_N, N0), col_offsets(BLOCK_M, M0)
     SHIFT: tl.constexpr = dustbin_ptr is not None and not MINIMAL
     Z, z, masses, factor = _load_problem(
         item,
@@ -123,14 +137,14 @@ def _sinkhorn_fwd_kernel(
         MINIMAL,
         BLOCK_N,
         BLOCK_M,
+        N0,
+        M0,
     )
     history = (history_ptr + item * iterations * (N + M + 2), N, M, iterations)
     P, r, c, scales = solve_tile(Z, z, masses, history, SHIFT, PATH, SAVE=True)
     mask_n, mask_m = offs_n < N, offs_m < M
     # plan = factor P
-    tl.store(
-        plan_ptr + (item * N + offs_n[:, None]) * M + offs_m[None, :], factor * P, mask_n[:, None] & mask_m[None, :]
-    )
+    tl.store(plan_ptr + (item * N + offs_n) * M + offs_m, factor * P, mask_n & mask_m)
     tl.store(row_slack_ptr + item * N + offs_n, factor * r, mask_n)
     tl.store(col_slack_ptr + item * M + offs_m, factor * c, mask_m)
     tl.store(scales_ptr + item, scales == 1)
@@ -160,9 +174,11 @@ def _sinkhorn_bwd_kernel(
     MINIMAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    N0: tl.constexpr,
+    M0: tl.constexpr,
 ):
     item = tl.program_id(0).to(tl.int64)
-    offs_n, offs_m = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    offs_n, offs_m = row_offsets(BLOCK_N, N0), col_offsets(BLOCK_M, M0)
     SHIFT: tl.constexpr = dustbin_ptr is not None and not MINIMAL
     Z, z, masses, factor = _load_problem(
         item,
@@ -177,20 +193,22 @@ def _sinkhorn_bwd_kernel(
         MINIMAL,
         BLOCK_N,
         BLOCK_M,
+        N0,
+        M0,
     )
     log_a, log_a_bin, log_b, log_b_bin = masses
-    row, col = log_a != -float("inf"), log_b != -float("inf")
+    row, col = log_a != -INF, log_b != -INF
     # the factor of the plan belongs to the upstream gradients
-    offs = (item * N + offs_n[:, None]) * M + offs_m[None, :]
-    G = factor * tl.load(grad_plan_ptr + offs, mask=row[:, None] & col[None, :], other=0.0).to(tl.float32)
+    offs = (item * N + offs_n) * M + offs_m
+    G = factor * tl.load(grad_plan_ptr + offs, mask=row & col, other=0.0).to(tl.float32)
     Gr = factor * tl.load(grad_row_slack_ptr + item * N + offs_n, mask=row, other=0.0).to(tl.float32)
     Gc = factor * tl.load(grad_col_slack_ptr + item * M + offs_m, mask=col, other=0.0).to(tl.float32)
     scales = tl.load(scales_ptr + item).to(tl.int32)
     history = (history_ptr + item * iterations * (N + M + 2), N, M, iterations)
     dZ, dz, da, da_bin, db, db_bin = reverse_tile(G, Gr, Gc, Z, z, masses, history, scales, SHIFT)
     mask_n, mask_m = offs_n < N, offs_m < M
-    tl.store(grad_cost_ptr + offs, neg_inv_eps * dZ, mask_n[:, None] & mask_m[None, :])
-    tl.store(grad_dustbin_ptr + item, neg_inv_eps * dz)
+    tl.store(grad_cost_ptr + offs, neg_inv_eps * dZ, mask_n & mask_m)
+    tl.store(grad_dustbin_ptr + item + tl.zeros([1, 1, 1, 1], tl.int32), neg_inv_eps * dz)
     # with weights, a_bin = sum b and b_bin = sum a
     if dustbin_ptr is not None:
         da += db_bin * tl.where(row, tl.exp(log_a - log_b_bin), 0.0)
@@ -202,27 +220,27 @@ def _sinkhorn_bwd_kernel(
 @triton.jit
 def _load_problem(
     item, size, cost_ptr, rows_ptr, cols_ptr, dustbin_ptr, log_a_ptr, log_b_ptr, neg_inv_eps,
-    MINIMAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    MINIMAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, N0: tl.constexpr, M0: tl.constexpr,
 ):  # fmt: skip
     """Return Z, z, the masses and the plan's factor."""
     N, M = size
-    offs_n, offs_m = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    offs_n, offs_m = row_offsets(BLOCK_N, N0), col_offsets(BLOCK_M, M0)
     n, m = _count(rows_ptr, item, N), _count(cols_ptr, item, M)
     HAS_BIN: tl.constexpr = dustbin_ptr is not None
     WEIGHTED: tl.constexpr = log_a_ptr is not None or log_b_ptr is not None
     masses, factor = uniform_log_masses(n, m, offs_n, offs_m, HAS_BIN and not WEIGHTED, MINIMAL)
     log_a, log_a_bin, log_b, log_b_bin = masses
     if WEIGHTED:
-        log_a = _log_weights(log_a_ptr, item, n, N, BLOCK_N)
-        log_b = _log_weights(log_b_ptr, item, m, M, BLOCK_M)
+        log_a = _log_weights(log_a_ptr, item, n, N, offs_n)
+        log_b = _log_weights(log_b_ptr, item, m, M, offs_m)
         if HAS_BIN:
-            log_a_bin, log_b_bin = _log_total(log_b), _log_total(log_a)
+            log_a_bin, log_b_bin = _log_total(log_b, 1), _log_total(log_a, 0)
         else:
-            both = (tl.max(log_a, 0) != -float("inf")) & (tl.max(log_b, 0) != -float("inf"))
-            log_a, log_b = tl.where(both, log_a, -float("inf")), tl.where(both, log_b, -float("inf"))
-    row, col = log_a != -float("inf"), log_b != -float("inf")
-    offs = (item * N + offs_n[:, None]) * M + offs_m[None, :]
-    cost = tl.load(cost_ptr + offs, mask=row[:, None] & col[None, :], other=0.0).to(tl.float32)
+            both = (max_over(log_a, 0) != -INF) & (max_over(log_b, 1) != -INF)
+            log_a, log_b = tl.where(both, log_a, -INF), tl.where(both, log_b, -INF)
+    row, col = log_a != -INF, log_b != -INF
+    offs = (item * N + offs_n) * M + offs_m
+    cost = tl.load(cost_ptr + offs, mask=row & col, other=0.0).to(tl.float32)
     z = 0.0
     if HAS_BIN:
         z = tl.load(dustbin_ptr).to(tl.float32) * neg_inv_eps
@@ -240,18 +258,16 @@ def _count(count_ptr, item, size):
 
 
 @triton.jit
-def _log_weights(weights_ptr, item, count, size, BLOCK: tl.constexpr):
+def _log_weights(weights_ptr, item, count, size, offs):
     """Return the given log masses, or uniform ones that total 1."""
-    offs = tl.arange(0, BLOCK)
     if weights_ptr is None:
-        log_mass = tl.where(offs < count, -tl.log(tl.maximum(count, 1).to(tl.float32)), -float("inf"))
+        log_mass = tl.where(offs < count, -tl.log(tl.maximum(count, 1).to(tl.float32)), -INF)
     else:
-        log_mass = tl.load(weights_ptr + item * size + offs, mask=offs < size, other=-float("inf")).to(tl.float32)
+        log_mass = tl.load(weights_ptr + item * size + offs, mask=offs < size, other=-INF).to(tl.float32)
     return log_mass
 
 
 @triton.jit
-def _log_total(log_mass):
-    top = tl.max(log_mass, 0)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    return top + tl.log(tl.sum(tl.exp(log_mass - top), 0))
+def _log_total(log_mass, AXIS: tl.constexpr):
+    top = max_over(log_mass, AXIS)
+    return tl.where(top == -INF, -INF, top + tl.log(sum_over(tl.exp(log_mass - top), AXIS)))
