@@ -8,6 +8,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=["kernels", "perceiver", "train", "bench"],
+    package_data={"train": ["report_page.html"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.10",
