@@ -156,7 +156,7 @@ class _Trainer:
                     bar.set_postfix(loss=f"{line['loss']:.3f}", mass=f"{line['mass']:.2f}", refresh=False)
                 with clock.paused():
                     self._at(number, stage, data)
-                if caught and self.step < stage.until:
+                if caught and self.step < self.recipe.stages[-1].until:
                     self._save(self.directory.checkpoint)
                     raise RunStopped(caught[0], self.step)
 

@@ -1,0 +1,179 @@
+"""The loop: what a run leaves, that it stops and goes on without a trace, and when it gives up."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+import train.loop
+from tests.tiny_runs import final_state, tiny_recipe, train_quietly
+from train.checkpoint import load_checkpoint
+from train.compare import compare_runs
+from train.config import load_recipe
+from train.loop import RunDiverged, run
+from train.rundir import RunRefused
+from train.signals import RunStopped
+from train.starting_point import load_start
+from train.step import update
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never disturbed."""
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    assert train_quietly(tiny_recipe(keep_every=7), path)
+    return path
+
+
+def _stop_at(monkeypatch, at):
+    def interrupted(*args, step, **kwargs):
+        if step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args, step=step, **kwargs)
+
+    monkeypatch.setattr(train.loop, "update", interrupted)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert {"config.json", "metrics.jsonl", "speed.jsonl", "checkpoint.pt", "step000007.pt", "step000014.pt"} <= names
+    assert {f"stage{k}{part}.pt" for k in (1, 2, 3) for part in ("", "_tail")} <= names
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    train_lines = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train_lines] == list(range(1, 21))
+    assert {
+        "loss",
+        "transport",
+        "conf",
+        "endpoint",
+        "mass",
+        "kept",
+        "dustbin",
+        "grad_norm",
+        "lr",
+        "tau",
+    } <= train_lines[0].keys()
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [4, 8, 12, 16, 20]
+    assert [(line["step"], line["stage"]) for line in lines if line["kind"] == "stage"] == [(8, 1), (12, 2), (20, 3)]
+    assert [line["uri"] for line in lines if line["kind"] == "data"] == [s.data for s in tiny_recipe().stages]
+    assert load_checkpoint(finished / "stage2_tail.pt").step == 8
+    assert load_checkpoint(finished / "stage3.pt").step == 20
+    assert not {"seconds", "memory_mb"} & {key for line in lines for key in line}
+
+
+def test_a_complete_run_is_left_alone(finished):
+    before = {p.name: p.stat().st_mtime_ns for p in finished.iterdir() if p.suffix in (".pt", ".json")}
+    assert not train_quietly(tiny_recipe(keep_every=7), finished)
+    assert before == {p.name: p.stat().st_mtime_ns for p in finished.iterdir() if p.suffix in (".pt", ".json")}
+
+
+@pytest.mark.parametrize("stops", [(1,), (8,), (5, 9, 19)])
+def test_a_run_that_was_stopped_is_the_run_that_was_not(finished, tmp_path, monkeypatch, stops):
+    recipe = tiny_recipe(keep_every=7)
+    for step in stops:
+        _stop_at(monkeypatch, step)
+        with pytest.raises(RunStopped, match=f"SIGTERM after step {step}"):
+            train_quietly(recipe, tmp_path / "run")
+    assert train_quietly(recipe, tmp_path / "run")
+    assert compare_runs(finished, tmp_path / "run").differences == ()
+    assert final_state(finished) == final_state(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_costs_nothing_but_time(finished, tmp_path, monkeypatch):
+    recipe, path = tiny_recipe(keep_every=7), tmp_path / "run"
+    _stop_at(monkeypatch, 10)
+    with pytest.raises(RunStopped):
+        train_quietly(recipe, path)
+    monkeypatch.undo()
+    (path / "checkpoint.pt").write_bytes(b"half a checkpo")
+    lines: list[str] = []
+    run(recipe, path, device="cpu", progress=False, say=lines.append)
+    assert any("checkpoint.pt is damaged" in line and "step 9" in line for line in lines)
+    assert final_state(path) == final_state(finished)
+
+
+def test_stages_from_a_checkpoint_are_those_of_the_whole_run(finished, tmp_path):
+    recipe = tiny_recipe(keep_every=7)
+    start = load_start(finished / "stage1.pt", 2, recipe)
+    train_quietly(recipe, tmp_path / "run", start=start)
+    assert final_state(tmp_path / "run")[0] == final_state(finished)[0]
+
+
+def test_thinner_logs_and_other_checkpoints_do_not_change_the_weights(finished, tmp_path):
+    recipe = tiny_recipe(log_every=9, checkpoint_every=100)
+    recipe = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, every=0))
+    train_quietly(recipe, tmp_path / "run")
+    assert final_state(tmp_path / "run")[0] == final_state(finished)[0]
+
+
+@pytest.mark.parametrize("change", [{"seed": 354}, {"loss": dataclasses.replace(tiny_recipe().loss, eps=0.11)}])
+def test_another_seed_or_loss_gives_other_weights(finished, tmp_path, change):
+    train_quietly(tiny_recipe(**change), tmp_path / "run")
+    assert final_state(tmp_path / "run")[0] != final_state(finished)[0]
+
+
+def test_other_arithmetic_may_not_go_on_with_a_run(tmp_path, finished, monkeypatch):
+    recipe = tiny_recipe(precision="auto")
+    real = train.loop.enter
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loop, "enter", lambda **kw: real(**kw | {"precision": "bf16"}))
+        train_quietly(recipe, tmp_path / "run")
+    with pytest.raises(RunRefused, match="other arithmetic gives other bits"):
+        train_quietly(recipe, tmp_path / "run")
+
+
+def test_other_rows_may_not_go_on_with_a_run(tmp_path, monkeypatch):
+    recipe = tiny_recipe()
+    real = train.loop.load_stage_data
+    _stop_at(monkeypatch, 5)
+    with pytest.raises(RunStopped):
+        train_quietly(recipe, tmp_path / "run")
+
+    def other_rows(*args, **kwargs):
+        data = real(*args, **kwargs)
+        return dataclasses.replace(data, train=dataclasses.replace(data.train, digest="0" * 64))
+
+    monkeypatch.setattr(train.loop, "load_stage_data", other_rows)
+    with pytest.raises(RunRefused, match="holds other rows than when this run began"):
+        train_quietly(recipe, tmp_path / "run")
+
+
+def test_a_collapsed_loss_stops_the_run_with_an_explanation(tmp_path):
+    stages = tuple(dataclasses.replace(stage, warmup=2) for stage in tiny_recipe().stages)
+    with pytest.raises(RunDiverged, match=r"step 3: only 0.* of the mass .* went to the dustbin"):
+        train_quietly(tiny_recipe(stages=stages), tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        result = update(*args, **kwargs)
+        return result._replace(grad_norm=torch.tensor(float("nan")))
+
+    monkeypatch.setattr(train.loop, "update", broken)
+    with pytest.raises(RunDiverged, match="not finite"):
+        train_quietly(tiny_recipe(), tmp_path / "run")
+
+
+def test_a_temperature_out_of_range_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.loop, "MAX_TEMPERATURE", 3.0)
+    with pytest.raises(RunDiverged, match="a temperature reached 4"):
+        train_quietly(tiny_recipe(), tmp_path / "run")
+
+
+def test_a_scored_run_writes_scores_and_examples(tmp_path):
+    recipe = load_recipe("tiny")
+    stage = dataclasses.replace(recipe.stages[0], until=2)
+    recipe = dataclasses.replace(recipe, stages=(stage,), threads=1)
+    lines: list[str] = []
+    run(recipe, tmp_path / "run", device="cpu", progress=False, say=lines.append)
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["set"] == "dev"
+    assert scores["scenes"] == 64
+    assert {"truth_through_postprocessing", "label_clusters"} == scores["yardsticks"].keys()
+    assert len((tmp_path / "run" / "scores.csv").read_text().splitlines()) == 65
+    examples = json.loads((tmp_path / "run" / "examples.json").read_text())
+    assert [x["percentile"] for x in examples] == [10, 50, 90]
+    assert any("label clusters" in line for line in lines)
