@@ -181,6 +181,13 @@ def test_text_from_the_run_is_never_code(run_dir):
     assert page.count("<script") == page.count("</script>") == 3
 
 
+def test_text_inside_a_figure_cannot_end_the_script(run_dir, monkeypatch):
+    figure = {"title": EVIL, "note": EVIL, "traces": [{"name": EVIL}]}
+    monkeypatch.setattr("train.report.draw_curves", lambda *_: [figure])
+    page = page_of(run_dir)
+    assert page.count("</script>") == 3 and figures_of(page)["curves"] == [figure]
+
+
 def test_a_certificate_is_shown_where_there_is_one(run_dir):
     assert "Certificate: not in the run directory" in page_of(run_dir)
     write(run_dir, "certificate", {"version": 1, "environment": {"torch": "2.13.0"}})
