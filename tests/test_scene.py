@@ -191,11 +191,16 @@ def test_stacking_keeps_rows_in_order_and_pads_the_truth():
 
 
 def test_stacking_normalises_votes_and_replaces_what_is_missing_by_zero():
-    votes = random_scene("a", n_views_voted=np.full(24, 3, np.uint8), vote_frac=np.full(24, 1, np.float32))
+    votes = random_scene(
+        "a",
+        n_views_voted=np.full(24, 3, np.uint8),
+        vote_frac=np.full(24, 1, np.float32),
+        behind=np.arange(-1, 23, dtype=np.int16),
+    )
     batch = stack_scenes([votes, random_scene("b", optional=False)])
     torch.testing.assert_close(batch.votes_BT2[0, 0], torch.tensor([0.3, 2.0]))
     assert not batch.votes_BT2[1].any()
-    assert batch.behind_BT[0].tolist() == np.maximum(votes.behind, 0).tolist()
+    assert batch.behind_BT[0].tolist() == [0, *range(23)]
     assert not batch.behind_BT[1].any()
 
 

@@ -1,4 +1,7 @@
 import builtins
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -6,14 +9,16 @@ from perceiver.scene import RowError, encode_scene
 from tests.random_scenes import random_scene, random_scenes
 from train.sources import Rows, SourceError, SourceUri, open_rows, write_npz, write_parquet
 
+ROOT = Path(__file__).parent.parent
 HUB = "hf://usm3d/s23dr-2026-sampled_2048_v2:train"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """`datasets` keeps its copies below the test's own directory."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    """The package, if it is there; it keeps its copies below the test's own directory."""
+    package = pytest.importorskip("datasets")
+    monkeypatch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return package
 
 
 def read_all(uri: str | SourceUri) -> list:
@@ -84,9 +89,7 @@ def test_wrong_uri_is_explained_and_the_grammar_shown(text, reason):
     assert "Grammar: SOURCE[?key=value&...][#train|dev|all]" in message
 
 
-def test_every_kind_gives_the_rows_that_were_written(tmp_path, monkeypatch):
-    import datasets
-
+def test_every_kind_gives_the_rows_that_were_written(tmp_path, monkeypatch, datasets):
     scenes = [*random_scenes(7), random_scene("row-99999", optional=False)]
     write_parquet(scenes, tmp_path / "parquet", rows_per_file=3)
     write_npz(reversed(scenes), tmp_path / "npz")
@@ -105,7 +108,7 @@ def test_every_kind_gives_the_rows_that_were_written(tmp_path, monkeypatch):
     assert asked == [("org/name", "validation")]
 
 
-def test_parquet_has_the_schema_of_the_hub(tmp_path):
+def test_parquet_has_the_schema_of_the_hub(tmp_path, datasets):
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -118,7 +121,7 @@ def test_parquet_has_the_schema_of_the_hub(tmp_path):
     assert [len(pa.parquet.read_table(file)) for file in files] == [2, 2, 1]
 
 
-def test_parquet_rows_keep_the_order_of_the_files_names(tmp_path):
+def test_parquet_rows_keep_the_order_of_the_files_names(tmp_path, datasets):
     for name, start in (("b", 0), ("a", 10)):
         write_parquet(random_scenes(2, start=start), tmp_path / name)
         (tmp_path / "set").mkdir(exist_ok=True)
@@ -182,14 +185,24 @@ def test_directory_that_mixes_splits_is_refused(tmp_path):
         open_rows(f"parquet:{tmp_path}")
 
 
-def test_file_that_is_not_parquet_is_one_clear_line(tmp_path):
+def test_files_that_do_not_fit_are_one_clear_line(tmp_path, capfd, datasets):
+    import pyarrow as pa
+    import pyarrow.parquet
+
     (tmp_path / "a.parquet").write_bytes(b"hello")
-    with pytest.raises(SourceError, match="cannot read its parquet files") as error:
+    with pytest.raises(SourceError, match=r"cannot read the set .*Are they whole") as error:
         open_rows(f"parquet:{tmp_path}")
     assert "\n" not in str(error.value)
 
+    for name, column in (("a", "data"), ("b", "text")):
+        pa.parquet.write_table(pa.table({"order_id": ["a"], column: [b""]}), tmp_path / f"{name}.parquet")
+    with pytest.raises(SourceError, match="column names don't match") as error:
+        open_rows(f"parquet:{tmp_path}")
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
 
-def test_other_columns_are_refused(tmp_path):
+
+def test_other_columns_are_refused(tmp_path, datasets):
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -198,7 +211,7 @@ def test_other_columns_are_refused(tmp_path):
         open_rows(f"parquet:{tmp_path}")
 
 
-def test_null_in_a_table_is_an_undecodable_row(tmp_path):
+def test_null_in_a_table_is_an_undecodable_row(tmp_path, datasets):
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -219,9 +232,7 @@ def test_file_that_cannot_be_read_is_an_undecodable_row(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["offline", "unknown"])
-def test_hub_that_does_not_answer_gives_advice(kind, monkeypatch):
-    import datasets
-
+def test_hub_that_does_not_answer_gives_advice(kind, monkeypatch, datasets):
     # what datasets 5 raises without a network, and for a set that is gated or does not exist
     raised = {
         "offline": ConnectionError("Couldn't reach 'usm3d/x' on the Hub (LocalEntryNotFoundError)"),
@@ -235,22 +246,23 @@ def test_hub_that_does_not_answer_gives_advice(kind, monkeypatch):
     with pytest.raises(SourceError) as error:
         open_rows(HUB)
     message = str(error.value)
-    assert message.startswith(f"{HUB}: cannot read the set from the hub ({type(raised).__name__}: ")
+    assert message.startswith(f"{HUB}: cannot read the set ({type(raised).__name__}: ")
     for advice in ("accept its terms", "log in", "parquet:DIR"):
         assert advice in message
 
 
-def test_hub_in_offline_mode_gives_advice(monkeypatch):
+def test_hub_in_offline_mode_gives_advice(monkeypatch, datasets):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match=r"cannot read the set from the hub \(ConnectionError: .*parquet:DIR"):
+    with pytest.raises(SourceError, match=r"cannot read the set \(ConnectionError: .*parquet:DIR"):
         open_rows(HUB)
 
 
 def test_without_datasets_only_hub_and_parquet_are_refused(tmp_path, monkeypatch):
     write_npz(random_scenes(2), tmp_path / "npz")
-    write_parquet(random_scenes(2), tmp_path / "parquet")
+    (tmp_path / "parquet").mkdir()
+    (tmp_path / "parquet" / "a.parquet").touch()
     real_import = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -265,18 +277,26 @@ def test_without_datasets_only_hub_and_parquet_are_refused(tmp_path, monkeypatch
     assert len(open_rows(f"npz:{tmp_path}/npz")) == 2
 
 
-def test_reading_leaves_progress_bars_as_they_were(tmp_path, capfd):
-    import datasets
+def test_nothing_but_torch_and_numpy_is_imported_before_it_is_needed():
+    modules = "datasets", "pyarrow", "pandas", "scipy"
+    code = f"import sys, train.data, train.order; print([name for name in {modules} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "[]"
+
+
+def test_reading_prints_nothing_and_leaves_bars_and_log_as_they_were(tmp_path, capfd, datasets):
+    def state() -> tuple:
+        return datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
 
     write_parquet(random_scenes(2), tmp_path / "set")
-    assert not datasets.are_progress_bars_disabled()
+    before = state()
     open_rows(f"parquet:{tmp_path}/set")
-    assert not datasets.are_progress_bars_disabled()
+    assert state() == before == (False, datasets.logging.WARNING)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_npz])
-def test_writing_into_a_filled_directory_is_refused(write, tmp_path):
+def test_writing_into_a_filled_directory_is_refused(write, tmp_path, datasets):
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(SourceError, match="is not an empty directory; nothing was written"):
         write(random_scenes(2), tmp_path)
@@ -284,7 +304,7 @@ def test_writing_into_a_filled_directory_is_refused(write, tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_npz])
-def test_interrupted_writing_leaves_nothing(write, tmp_path):
+def test_interrupted_writing_leaves_nothing(write, tmp_path, datasets):
     def failing():
         yield from random_scenes(2000 if write is write_parquet else 2, points=4)
         raise KeyboardInterrupt
@@ -295,7 +315,7 @@ def test_interrupted_writing_leaves_nothing(write, tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_npz])
-def test_writing_no_rows_is_refused(write, tmp_path):
+def test_writing_no_rows_is_refused(write, tmp_path, datasets):
     with pytest.raises(SourceError, match="there are no rows to write"):
         write([], tmp_path / "set")
     assert not list(tmp_path.iterdir())

@@ -233,8 +233,9 @@ def _edge_pieces(vertices_V3: np.ndarray, edges_E2: np.ndarray) -> tuple[np.ndar
 
 
 def _dev_order_ids(source: Rows, dev_uris: Sequence[str | SourceUri]) -> frozenset[str]:
-    others = {SourceUri.parse(uri).with_part(None) for uri in dev_uris} - {source.uri.with_part(None)}
-    sources = [source, *(open_rows(uri) for uri in others)]
+    others = dict.fromkeys(SourceUri.parse(uri).with_part(None) for uri in dev_uris)
+    others.pop(source.uri.with_part(None), None)
+    sources = [source, *map(open_rows, others)]
     return frozenset(rows.order_ids[i] for rows in sources for i in rows.span("dev"))
 
 

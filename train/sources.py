@@ -99,25 +99,6 @@ class SourceUri:
         return replace(self, part=part)
 
 
-def _parse_query(text: str, keys: Sequence[str], query: str) -> dict[str, int]:
-    values: dict[str, int] = {}
-    for item in query.split("&"):
-        key, _, value = item.partition("=")
-        if key not in keys:
-            raise _grammar_error(text, f"unknown key {key!r}, must be one of {', '.join(keys)}")
-        if key in values:
-            raise _grammar_error(text, f"the key {key!r} is given twice")
-        least = 0 if key == "seed" else 1
-        if not re.fullmatch(r"\d{1,18}", value, re.ASCII) or int(value) < least:
-            raise _grammar_error(text, f"{key} must be a whole number, at least {least}, got {value!r}")
-        values[key] = int(value)
-    return values
-
-
-def _grammar_error(text: str, reason: str) -> SourceError:
-    return SourceError(f"data source {text!r}: {reason}. Grammar: {GRAMMAR}")
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
     """The rows of a source in order, decoded one at a time.
@@ -162,6 +143,68 @@ def open_rows(uri: str | SourceUri) -> Rows:
     return rows
 
 
+def write_parquet(scenes: Iterable[Scene], directory: Path | str, *, rows_per_file: int = 1024) -> None:
+    """Write rows as parquet files in the hub's schema (order_id: string, data: binary).
+
+    The directory appears whole or not at all.
+
+    Args:
+        scenes: any number of rows; taken one file at a time.
+        directory: must not exist or be empty.
+        rows_per_file: rows of each file but the last.
+    Raises:
+        SourceError: the directory holds something, or there are no rows.
+        ValueError: rows_per_file is not positive.
+    """
+    if rows_per_file < 1:
+        raise ValueError(f"rows_per_file must be at least 1, got {rows_per_file}")
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    schema = pa.schema([("order_id", pa.string()), ("data", pa.binary())])
+    scenes = iter(scenes)
+    with _new_directory(Path(directory)) as target:
+        for number, chunk in enumerate(iter(lambda: list(islice(scenes, rows_per_file)), [])):
+            columns = {"order_id": [s.order_id for s in chunk], "data": [encode_scene(s) for s in chunk]}
+            pyarrow.parquet.write_table(pa.table(columns, schema=schema), target / f"rows-{number:05}.parquet")
+
+
+def write_npz(scenes: Iterable[Scene], directory: Path | str) -> None:
+    """Write each row as `<order_id>.npz`. The directory appears whole or not at all.
+
+    Args:
+        scenes: any number of rows; `npz:DIR` gives them back sorted by order_id.
+        directory: must not exist or be empty.
+    Raises:
+        SourceError: the directory holds something, there are no rows, or an order_id is no name for a file.
+    """
+    with _new_directory(Path(directory)) as target:
+        for scene in scenes:
+            file = target / f"{scene.order_id}.npz"
+            if file.parent != target or file.exists():
+                raise SourceError(f"order_id {scene.order_id!r} cannot name a file, or comes twice")
+            file.write_bytes(encode_scene(scene))
+
+
+def _parse_query(text: str, keys: Sequence[str], query: str) -> dict[str, int]:
+    values: dict[str, int] = {}
+    for item in query.split("&"):
+        key, _, value = item.partition("=")
+        if key not in keys:
+            raise _grammar_error(text, f"unknown key {key!r}, must be one of {', '.join(keys)}")
+        if key in values:
+            raise _grammar_error(text, f"the key {key!r} is given twice")
+        least = 0 if key == "seed" else 1
+        if not re.fullmatch(r"\d{1,18}", value, re.ASCII) or int(value) < least:
+            raise _grammar_error(text, f"{key} must be a whole number, at least {least}, got {value!r}")
+        values[key] = int(value)
+    return values
+
+
+def _grammar_error(text: str, reason: str) -> SourceError:
+    return SourceError(f"data source {text!r}: {reason}. Grammar: {GRAMMAR}")
+
+
 def _open_roofs(uri: SourceUri) -> Rows:
     from train.roofs import generate_scene
 
@@ -197,29 +240,31 @@ def _open_parquet(uri: SourceUri) -> Rows:
     splits = sorted(_SPLITS & {file.name.split("-")[0] for file in files})
     if len(splits) > 1:
         raise SourceError(f"{uri}: {directory} mixes the splits {', '.join(splits)}; give each its own directory")
-    datasets = _import_datasets(uri)
-    with _quiet(datasets):
-        try:
-            table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise SourceError(
-                f"{uri}: cannot read its parquet files ({_one_line(error.__cause__ or error)})"
-            ) from error
-    return _table_rows(uri, table)
+    advice = "Are they whole, and do all of them have the columns order_id and data?"
+    return _load_table(uri, advice, "parquet", data_files=[str(file) for file in files], split="train")
 
 
 def _open_hub(uri: SourceUri) -> Rows:
-    datasets = _import_datasets(uri)
     name, split = uri.place.split(":")
-    with contextlib.nullcontext() if sys.stderr.isatty() else _quiet(datasets):
-        try:
-            table = datasets.load_dataset(name, split=split)
-        except (OSError, ValueError) as error:
-            raise SourceError(
-                f"{uri}: cannot read the set from the hub ({_one_line(error)}). If it is gated, accept its terms on "
-                f"its hub page and log in (hf auth login). Without a network, fetch its parquet files on another "
-                f"machine and name their directory: parquet:DIR"
-            ) from error
+    advice = (
+        "If the set is gated, accept its terms on its hub page and log in (hf auth login). Without a network, "
+        "fetch its parquet files on another machine and name their directory: parquet:DIR"
+    )
+    return _load_table(uri, advice, name, split=split)
+
+
+def _load_table(uri: SourceUri, advice: str, *args, **options) -> Rows:
+    try:
+        import datasets
+    except ImportError as error:
+        raise SourceError(f"{uri}: needs the package datasets, which is not installed: pip install datasets") from error
+    # a download takes minutes and may be watched
+    watched = uri.kind == "hf" and sys.stderr.isatty()
+    try:
+        with contextlib.nullcontext() if watched else _quiet(datasets):
+            table = datasets.load_dataset(*args, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise SourceError(f"{uri}: cannot read the set ({_one_line(error.__cause__ or error)}). {advice}") from error
     return _table_rows(uri, table)
 
 
@@ -249,23 +294,17 @@ def _directory(uri: SourceUri) -> Path:
     return directory
 
 
-def _import_datasets(uri: SourceUri):
-    try:
-        import datasets
-    except ImportError as error:
-        raise SourceError(f"{uri}: needs the package datasets, which is not installed: pip install datasets") from error
-    return datasets
-
-
 @contextlib.contextmanager
 def _quiet(datasets) -> Iterator[None]:
-    """No progress bars meanwhile; they are left as they were."""
-    were_disabled = datasets.are_progress_bars_disabled()
+    """No progress bars and no log of `datasets` meanwhile; both are left as they were."""
+    bars_were_off, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
-        if not were_disabled:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars_were_off:
             datasets.enable_progress_bars()
 
 
@@ -273,55 +312,10 @@ def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def write_parquet(scenes: Iterable[Scene], directory: Path | str, *, rows_per_file: int = 1024) -> None:
-    """Write rows as parquet files in the hub's schema (order_id: string, data: binary).
-
-    The directory appears whole or not at all.
-
-    Args:
-        scenes: any number of rows; taken one file at a time.
-        directory: must not exist or be empty.
-        rows_per_file: rows of each file but the last.
-    Raises:
-        SourceError: the directory holds something, or there are no rows.
-        ValueError: rows_per_file is not positive.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    if rows_per_file < 1:
-        raise ValueError(f"rows_per_file must be at least 1, got {rows_per_file}")
-    schema = pa.schema([("order_id", pa.string()), ("data", pa.binary())])
-    scenes = iter(scenes)
-    with _new_directory(Path(directory)) as target:
-        for number in range(sys.maxsize):
-            chunk = list(islice(scenes, rows_per_file))
-            if not chunk:
-                break
-            columns = {"order_id": [s.order_id for s in chunk], "data": [encode_scene(s) for s in chunk]}
-            pyarrow.parquet.write_table(pa.table(columns, schema=schema), target / f"rows-{number:05}.parquet")
-
-
-def write_npz(scenes: Iterable[Scene], directory: Path | str) -> None:
-    """Write each row as `<order_id>.npz`. The directory appears whole or not at all.
-
-    Args:
-        scenes: any number of rows; `npz:DIR` gives them back sorted by order_id.
-        directory: must not exist or be empty.
-    Raises:
-        SourceError: the directory holds something, there are no rows, or an order_id is no name for a file.
-    """
-    with _new_directory(Path(directory)) as target:
-        for scene in scenes:
-            file = target / f"{scene.order_id}.npz"
-            if file.parent != target or file.exists():
-                raise SourceError(f"order_id {scene.order_id!r} cannot name a file, or comes twice")
-            file.write_bytes(encode_scene(scene))
-
-
 @contextlib.contextmanager
 def _new_directory(directory: Path) -> Iterator[Path]:
     """A directory to fill beside `directory`, renamed to it at the end."""
+    directory = directory.expanduser().resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise SourceError(f"{directory} exists and is not an empty directory; nothing was written")
     directory.parent.mkdir(parents=True, exist_ok=True)
