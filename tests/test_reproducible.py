@@ -15,17 +15,8 @@ from train.compare import compare_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 # long enough to be killed in the middle; without a score, without learning much
-QUICK = [
-    "--evaluate.no-score",
-    "--threads",
-    "1",
-    "--log-every",
-    "3",
-    "--stages.2.until",
-    "120",
-    "--stages.2.warmup",
-    "200",
-]
+QUICK = ["--evaluate.no-score", "--threads", "1", "--log-every", "3"]
+QUICK += ["--stages.2.until", "120", "--stages.2.warmup", "200"]
 
 
 def command(runs: Path, name: str) -> list[str]:
