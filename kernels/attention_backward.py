@@ -53,7 +53,8 @@ def attention_backward(
     options = launch_options("dkv", q_BHTD, precision)
     _attention_dkv_kernel[(B * G * triton.cdiv(S, options["BLOCK_S"]),)](
         q_BHTD, k_BGSD, v_BGSD, do_BHTD, scale_BHT, rk_BGS, lse_BHT, delta_BHT, key_count_B, key_mask_BS,
-        dk_BGSD, dv_BGSD, *rows, strides(dk_BGSD), strides(dv_BGSD), T, S, **settings, **options,
+        dk_BGSD, dv_BGSD, *rows, strides(dk_BGSD), strides(dv_BGSD), T, S,
+        **settings, RAGGED_T=T % options["BLOCK_T"] > 0, **options,
     )  # fmt: skip
     return dq_BHTD, dk_BGSD, dv_BGSD, dlog_scale_H
 
@@ -85,19 +86,18 @@ def _attention_dq_kernel(
     v_ptr += b * stride_v[0] + g * stride_v[1]
     rk_ptr += (b * (H // R) + g) * S
     count = count_of(key_count_ptr, b, S)
+    full = count // BLOCK_S * BLOCK_S
     dqh = tl.zeros([BLOCK_T, D], tl.float32)
-    for s in tl.range(0, count, BLOCK_S):
-        valid = valid_keys(key_mask_ptr, b, S, count, s, BLOCK_S)
-        k = load_rows(k_ptr, stride_k[2], s, valid, BLOCK_S, D)
-        v = load_rows(v_ptr, stride_v[2], s, valid, BLOCK_S, D)
-        rk = tl.load(rk_ptr + s + tl.arange(0, BLOCK_S), mask=valid, other=0.0)
-        # p = exp2( s rk rq c + mb - lse ),  dp = <do, v>
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * rk[None, :] * scale[:, None]
-        p = tl.exp2(logits + (tl.where(valid, 0.0, -INF)[None, :] - lse[:, None]))
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        # dqh = sum_j p (dp - delta) rk k
-        ds = p * (dp - delta[:, None]) * rk[None, :]
-        dqh = tl.dot(finite(ds, k.dtype), k, dqh, input_precision=PRECISION)
+    for s in tl.range(0, full, BLOCK_S):
+        dqh = _add_dq(
+            q, do, scale, lse, delta, dqh, k_ptr, v_ptr, rk_ptr, key_mask_ptr, stride_k[2], stride_v[2], b, S, count,
+            s, key_mask_ptr is not None, PRECISION, BLOCK_S, D,
+        )  # fmt: skip
+    for s in tl.range(full, count, BLOCK_S, num_stages=1):
+        dqh = _add_dq(
+            q, do, scale, lse, delta, dqh, k_ptr, v_ptr, rk_ptr, key_mask_ptr, stride_k[2], stride_v[2], b, S, count,
+            s, True, PRECISION, BLOCK_S, D,
+        )  # fmt: skip
 
     # dot = <rq q, tau dqh>,  dq = rq (tau dqh - [|q| >= eps] rq q dot)
     dqh *= tau
@@ -107,6 +107,28 @@ def _attention_dq_kernel(
     inside = tl.where(rq < SHORT, dot, 0.0)
     dq = (dqh - unit * inside[:, None]) * rq[:, None]
     store_rows(dq_ptr + b * stride_dq[0] + h * stride_dq[1], stride_dq[2], t, in_T, dq, BLOCK_T, D)
+
+
+@triton.jit
+def _add_dq(
+    q, do, scale, lse, delta, dqh, k_ptr, v_ptr, rk_ptr, key_mask_ptr, stride_k, stride_v, b, S, count, s,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of keys to dqh / tau. Only where MASKED may a key of the tile not count."""
+    valid = valid_keys(key_mask_ptr, b, S, count, s, BLOCK_S) if MASKED else None
+    k = load_rows(k_ptr, stride_k, s, valid, BLOCK_S, D)
+    v = load_rows(v_ptr, stride_v, s, valid, BLOCK_S, D)
+    rk = tl.load(rk_ptr + s + tl.arange(0, BLOCK_S), mask=valid)
+    # p = exp2( s rk rq c + mb - lse ),  dp = <do, v>
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * rk[None, :] * scale[:, None] - lse[:, None]
+    if MASKED:
+        x = tl.where(valid[None, :], x, -INF)
+        rk = tl.where(valid, rk, 0.0)
+    p = tl.exp2(x)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    # dqh = tau sum_j p (dp - delta) rk k
+    ds = p * (dp - delta[:, None]) * rk[None, :]
+    return tl.dot(finite(ds, k.dtype), k, dqh, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["B", "blocks"])
@@ -125,7 +147,7 @@ def _attention_dlog_scale_kernel(dot_ptr, dlog_scale_ptr, B, blocks, H: tl.const
 def _attention_dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, scale_ptr, rk_ptr, lse_ptr, delta_ptr, key_count_ptr, key_mask_ptr,
     dk_ptr, dv_ptr, stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv, T, S,
-    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, RAGGED_T: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     b, g, s = locate(tl.program_id(0), S, H // R, BLOCK_S)
@@ -135,24 +157,31 @@ def _attention_dkv_kernel(
     v = load_rows(v_ptr + b * stride_v[0] + g * stride_v[1], stride_v[2], s, valid, BLOCK_S, D)
     offs_s = s + tl.arange(0, BLOCK_S)
     rk = tl.load(rk_ptr + (b * (H // R) + g) * S + offs_s, mask=valid, other=0.0)
-    bias = tl.where(valid, 0.0, -INF)
     dk = tl.zeros([BLOCK_S, D], tl.float32)
     dv = tl.zeros([BLOCK_S, D], tl.float32)
     blocks = tl.cdiv(T, BLOCK_T)
     for i in tl.range(0, tl.where(s < count, R * blocks, 0)):
-        h = g * R + i // blocks
-        t = i % blocks * BLOCK_T
+        # the head i // blocks of the group, without a division in the loop
+        r = 0
+        for other in tl.static_range(1, R):
+            r += (i >= other * blocks).to(tl.int32)
+        h = g * R + r
+        t = (i - r * blocks) * BLOCK_T
         offs_t = t + tl.arange(0, BLOCK_T)
-        in_T = offs_t < T
+        in_T = offs_t < T if RAGGED_T else None
         row = (b * H + h) * T + offs_t
         q = load_rows(q_ptr + b * stride_q[0] + h * stride_q[1], stride_q[2], t, in_T, BLOCK_T, D)
         do = load_rows(do_ptr + b * stride_do[0] + h * stride_do[1], stride_do[2], t, in_T, BLOCK_T, D)
-        lse = tl.load(lse_ptr + row, mask=in_T, other=INF)
-        delta = tl.load(delta_ptr + row, mask=in_T, other=0.0)
-        scale = tl.load(scale_ptr + row, mask=in_T, other=0.0)
-        # p = exp2( s rk rq c + mb - lse ), transposed
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * rk[:, None] * (scale * LOG2E)[None, :]
-        p = tl.exp2(logits + (bias[:, None] - lse[None, :]))
+        lse = tl.load(lse_ptr + row, mask=in_T)
+        delta = tl.load(delta_ptr + row, mask=in_T)
+        scale = tl.load(scale_ptr + row, mask=in_T)
+        if RAGGED_T:
+            lse = tl.where(in_T, lse, INF)
+            delta = tl.where(in_T, delta, 0.0)
+            scale = tl.where(in_T, scale, 0.0)
+        # p = exp2( s rk rq c - lse ), transposed; rows of keys that do not count hold anything until the end
+        x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * rk[:, None] * (scale * LOG2E)[None, :]
+        p = tl.exp2(x - lse[None, :])
         # dv = sum_i p do,  dp = <do, v>
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -163,7 +192,8 @@ def _attention_dkv_kernel(
     # dk = rk (B - [|k| >= eps] rk k <rk k, B>)
     unit = k.to(tl.float32) * rk[:, None]
     inside = tl.where(rk < SHORT, tl.sum(unit * dk, 1), 0.0)
-    dk = (dk - unit * inside[:, None]) * rk[:, None]
+    dk = tl.where(valid[:, None], (dk - unit * inside[:, None]) * rk[:, None], 0.0)
+    dv = tl.where(valid[:, None], dv, 0.0)
     in_S = offs_s < S
     store_rows(dk_ptr + b * stride_dk[0] + g * stride_dk[1], stride_dk[2], s, in_S, dk, BLOCK_S, D)
     store_rows(dv_ptr + b * stride_dv[0] + g * stride_dv[1], stride_dv[2], s, in_S, dv, BLOCK_S, D)

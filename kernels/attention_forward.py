@@ -100,8 +100,9 @@ def _attention_fwd_kernel(
 ):  # fmt: skip
     b, h, t = locate(tl.program_id(0), T, H, BLOCK_T)
     g = h // R
-    row = (b * H + h) * T + t + tl.arange(0, BLOCK_T)
-    in_T = t + tl.arange(0, BLOCK_T) < T
+    offs_t = t + tl.arange(0, BLOCK_T)
+    in_T = offs_t < T
+    row = (b * H + h) * T + offs_t
     q = load_rows(q_ptr + b * stride_q[0] + h * stride_q[1], stride_q[2], t, in_T, BLOCK_T, D)
     tau = tl.exp(tl.load(log_scale_ptr + h).to(tl.float32))
     scale = tl.load(rq_ptr + row, mask=in_T, other=0.0) * (tau * LOG2E)
@@ -109,46 +110,86 @@ def _attention_fwd_kernel(
     k_ptr += b * stride_k[0] + g * stride_k[1]
     v_ptr += b * stride_v[0] + g * stride_v[1]
     rk_ptr += (b * (H // R) + g) * S
+    partial = ((b * H + h) * tl.cdiv(S, CHUNK)) * T + t
     count = count_of(key_count_ptr, b, S)
-    chunks = tl.cdiv(S, CHUNK)
-    first = tl.program_id(1) * chunks_each
-    o_total = tl.zeros([BLOCK_T, D], tl.float32)
-    l_total = tl.zeros([BLOCK_T], tl.float32)
-    m_total = tl.full([BLOCK_T], -INF, tl.float32)
-    for chunk in tl.range(first, tl.minimum(first + chunks_each, tl.cdiv(count, CHUNK))):
-        o = tl.zeros([BLOCK_T, D], tl.float32)
-        l = tl.zeros([BLOCK_T], tl.float32)
-        m = tl.full([BLOCK_T], -INF, tl.float32)
-        for s in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, count), BLOCK_S):
-            valid = valid_keys(key_mask_ptr, b, S, count, s, BLOCK_S)
-            k = load_rows(k_ptr, stride_k[2], s, valid, BLOCK_S, D)
-            v = load_rows(v_ptr, stride_v[2], s, valid, BLOCK_S, D)
-            rk = tl.load(rk_ptr + s + tl.arange(0, BLOCK_S), mask=valid, other=0.0)
-            # x = s rk rq c + mb,  p = exp2( x )
-            x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * rk[None, :] * scale[:, None]
-            x += tl.where(valid, 0.0, -INF)[None, :]
-            if ONLINE:
-                m_new = tl.maximum(m, tl.max(x, 1))
-                shift = tl.where(m_new > -INF, m_new, 0.0)
-                fade = tl.exp2(m - shift)
-                l *= fade
-                o *= fade[:, None]
-                m = m_new
-                x -= shift[:, None]
-            p = tl.exp2(x)
-            # l = sum_j p,  o = sum_j p v
-            l += tl.sum(p, 1)
-            o = tl.dot(p.to(v.dtype), v, o, input_precision=PRECISION)
-        if SPLIT:
-            line = ((b * H + h) * chunks + chunk) * T
-            store_rows(partial_o_ptr + line * D, D, t, in_T, o, BLOCK_T, D)
-            tl.store(partial_l_ptr + line + t + tl.arange(0, BLOCK_T), l, mask=in_T)
-            tl.store(partial_m_ptr + line + t + tl.arange(0, BLOCK_T), m, mask=in_T)
-        else:
-            o_total, l_total, m_total = _add_chunk(o_total, l_total, m_total, o, l, m, ONLINE)
-    if not SPLIT:
+    # this program's chunks; all of them unless the keys are split
+    begin = tl.program_id(1) * chunks_each * CHUNK
+    end = tl.minimum(begin + chunks_each * CHUNK, count)
+    full = end // BLOCK_S * BLOCK_S
+    o_total, l_total, m_total = _no_keys(BLOCK_T, D)
+    o, l, m = _no_keys(BLOCK_T, D)
+    for s in tl.range(begin, full, BLOCK_S):
+        o, l, m = _attend(
+            q, scale, o, l, m, k_ptr, v_ptr, rk_ptr, key_mask_ptr, stride_k[2], stride_v[2], b, S, count, s,
+            key_mask_ptr is not None, ONLINE, PRECISION, BLOCK_S, D,
+        )  # fmt: skip
+        if (s + BLOCK_S) % CHUNK == 0:
+            if SPLIT:
+                line = partial + s // CHUNK * T
+                _store_chunk(partial_o_ptr, partial_l_ptr, partial_m_ptr, line, in_T, o, l, m, BLOCK_T, D)
+            else:
+                o_total, l_total, m_total = _add_chunk(o_total, l_total, m_total, o, l, m, ONLINE)
+            o, l, m = _no_keys(BLOCK_T, D)
+    for s in tl.range(tl.maximum(begin, full), end, BLOCK_S, num_stages=1):
+        o, l, m = _attend(
+            q, scale, o, l, m, k_ptr, v_ptr, rk_ptr, key_mask_ptr, stride_k[2], stride_v[2], b, S, count, s,
+            True, ONLINE, PRECISION, BLOCK_S, D,
+        )  # fmt: skip
+    # the item's last chunk, where it is a shorter one
+    if SPLIT:
+        if (begin < end) & (end % CHUNK > 0):
+            line = partial + end // CHUNK * T
+            _store_chunk(partial_o_ptr, partial_l_ptr, partial_m_ptr, line, in_T, o, l, m, BLOCK_T, D)
+    else:
+        o_total, l_total, m_total = _add_chunk(o_total, l_total, m_total, o, l, m, ONLINE)
         o_ptr += b * stride_o[0] + h * stride_o[1]
         _finish(o_ptr, lse_ptr + row, stride_o[2], t, in_T, o_total, l_total, m_total, ONLINE, BLOCK_T, D)
+
+
+@triton.jit
+def _attend(
+    q, scale, o, l, m, k_ptr, v_ptr, rk_ptr, key_mask_ptr, stride_k, stride_v, b, S, count, s,
+    MASKED: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of keys to the sums of a chunk. Only where MASKED may a key of the tile not count."""
+    valid = valid_keys(key_mask_ptr, b, S, count, s, BLOCK_S) if MASKED else None
+    k = load_rows(k_ptr, stride_k, s, valid, BLOCK_S, D)
+    v = load_rows(v_ptr, stride_v, s, valid, BLOCK_S, D)
+    rk = tl.load(rk_ptr + s + tl.arange(0, BLOCK_S), mask=valid)
+    # x = s rk rq c + mb,  p = exp2( x )
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * rk[None, :] * scale[:, None]
+    if MASKED:
+        x = tl.where(valid[None, :], x, -INF)
+    if ONLINE:
+        m_new = tl.maximum(m, tl.max(x, 1))
+        shift = tl.where(m_new > -INF, m_new, 0.0)
+        fade = tl.exp2(m - shift)
+        l *= fade
+        o *= fade[:, None]
+        m = m_new
+        x -= shift[:, None]
+    p = tl.exp2(x)
+    # l = sum_j p,  o = sum_j p v
+    l += tl.sum(p, 1)
+    return tl.dot(p.to(v.dtype), v, o, input_precision=PRECISION), l, m
+
+
+@triton.jit
+def _no_keys(BLOCK_T: tl.constexpr, D: tl.constexpr):
+    """Sums o, l and maximum m of no keys."""
+    return (
+        tl.zeros([BLOCK_T, D], tl.float32),
+        tl.zeros([BLOCK_T], tl.float32),
+        tl.full([BLOCK_T], -INF, tl.float32),
+    )
+
+
+@triton.jit
+def _store_chunk(o_ptr, l_ptr, m_ptr, line, in_T, o, l, m, BLOCK_T: tl.constexpr, D: tl.constexpr):
+    offs = line + tl.arange(0, BLOCK_T)
+    store_rows(o_ptr, D, line, in_T, o, BLOCK_T, D)
+    tl.store(l_ptr + offs, l, mask=in_T)
+    tl.store(m_ptr + offs, m, mask=in_T)
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -160,12 +201,10 @@ def _attention_sum_kernel(
     b, h, t = locate(tl.program_id(0), T, H, BLOCK_T)
     offs_t = t + tl.arange(0, BLOCK_T)
     in_T = offs_t < T
-    o_total = tl.zeros([BLOCK_T, D], tl.float32)
-    l_total = tl.zeros([BLOCK_T], tl.float32)
-    m_total = tl.full([BLOCK_T], -INF, tl.float32)
+    o_total, l_total, m_total = _no_keys(BLOCK_T, D)
     for chunk in tl.range(0, tl.cdiv(count_of(key_count_ptr, b, S), CHUNK)):
         line = ((b * H + h) * tl.cdiv(S, CHUNK) + chunk) * T
-        o = load_rows(partial_o_ptr + line * D, D, t, in_T, BLOCK_T, D)
+        o = load_rows(partial_o_ptr, D, line + t, in_T, BLOCK_T, D)
         l = tl.load(partial_l_ptr + line + offs_t, mask=in_T, other=0.0)
         m = tl.load(partial_m_ptr + line + offs_t, mask=in_T, other=0.0)
         o_total, l_total, m_total = _add_chunk(o_total, l_total, m_total, o, l, m, ONLINE)

@@ -91,17 +91,25 @@ def locate(pid, length, heads: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def row_ptrs(ptr, stride, start, ROWS: tl.constexpr, D: tl.constexpr):
+    """Where rows start .. start + ROWS of a [*, D] matrix are."""
+    rows = tl.arange(0, ROWS).to(tl.int64)
+    return ptr + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + tl.arange(0, D)[None, :])
+
+
+@triton.jit
 def load_rows(ptr, stride, start, keep, ROWS: tl.constexpr, D: tl.constexpr):
-    """Rows of a [*, D] matrix; 0 where not kept."""
-    rows = (start + tl.arange(0, ROWS)).to(tl.int64)
-    return tl.load(ptr + rows[:, None] * stride + tl.arange(0, D)[None, :], mask=keep[:, None], other=0.0)
+    """Rows of a [*, D] matrix; 0 where not kept (keep None: all are)."""
+    ptrs = row_ptrs(ptr, stride, start, ROWS, D)
+    if keep is None:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=keep[:, None], other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, stride, start, keep, values, ROWS: tl.constexpr, D: tl.constexpr):
-    rows = (start + tl.arange(0, ROWS)).to(tl.int64)
-    ptrs = ptr + rows[:, None] * stride + tl.arange(0, D)[None, :]
-    tl.store(ptrs, values.to(ptr.dtype.element_ty), mask=keep[:, None])
+    tl.store(row_ptrs(ptr, stride, start, ROWS, D), values.to(ptr.dtype.element_ty), mask=keep[:, None])
 
 
 @triton.jit
