@@ -51,7 +51,7 @@ def gable(order_id: str, length_m: float) -> Scene:
 
 
 class Oracle(torch.nn.Module):
-    """Answers with the truth of its batch, moved by `error` (normalised units); its padding has no confidence."""
+    """Answers with the truth of its batch moved by `error` (normalised units), padded with edges of no confidence."""
 
     def __init__(self, error: float = 0.0):
         super().__init__()
@@ -61,11 +61,13 @@ class Oracle(torch.nn.Module):
         self.batches.append(len(batch))
         self.seen.append((self.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), impl))
         start_BM3, end_BM3 = batch.gt_BM23.unbind(dim=2)
-        length_BM = (end_BM3 - start_BM3).norm(dim=-1)
+        along_BM3 = end_BM3 - start_BM3
         is_true_BM = torch.arange(batch.gt_BM23.shape[1]) < batch.gt_count_B[:, None]
+        along_BM3[~is_true_BM] = torch.tensor([0.0, 0.3, 0.4])
+        length_BM = along_BM3.norm(dim=-1)
         return Segments(
             mid_BN3=(start_BM3 + end_BM3) / 2 + self.error,
-            dir_BN3=(end_BM3 - start_BM3) / length_BM.clamp(min=1e-12)[..., None],
+            dir_BN3=along_BM3 / length_BM[..., None],
             len_BN=length_BM,
             conf_BN=torch.where(is_true_BM, 9.0, -9.0),
         )

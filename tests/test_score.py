@@ -20,7 +20,11 @@ def noisy(sigma_m: float, seed: int) -> Wireframe:
 @pytest.fixture(scope="module")
 def jobs() -> list[Job]:
     predictions = [noisy(sigma_m, seed) for seed, sigma_m in enumerate((0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0))]
-    predictions += [NOTHING, Wireframe(np.zeros((2, 3)), np.array([[0, 1]]))]
+    predictions += [
+        NOTHING,
+        Wireframe(np.zeros((2, 3)), np.array([[0, 1]])),
+        Wireframe(GABLE_V3 + np.array([0.45, 0, 0]), GABLE_E2),
+    ]
     return [Job(f"roof-{i}", prediction, GABLE) for i, prediction in enumerate(predictions)]
 
 
@@ -65,6 +69,10 @@ def test_score_falls_with_noise(inline_scores):
     scores = [score.hss for score in inline_scores[:7]]
     assert scores[0] > 0.9 and scores[6] < 0.1
     assert scores[1] > scores[3] > scores[5]
+
+
+def test_a_corner_within_half_a_metre_counts(inline_scores):
+    assert inline_scores[9].corner_f1 == 1
 
 
 def test_an_empty_prediction_scores_zero(inline_scores):

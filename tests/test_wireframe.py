@@ -157,8 +157,9 @@ def test_the_steps_run_in_order_and_can_be_switched_off():
     np.testing.assert_allclose(neither.vertices_V3[:, 1], [0, 0.1, 3])
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, PostprocessConfig(merge_radii_m=(), snap=False, level=False)])
 @pytest.mark.parametrize("seed", range(5))
-def test_order_and_direction_of_segments_do_not_change_a_bit(seed):
+def test_order_and_direction_of_segments_do_not_change_a_bit(seed, settings):
     segments_N23 = random_segments(seed)
     # coordinates that tie, and zeros of both signs
     segments_N23[::4] = np.round(segments_N23[::4])
@@ -167,7 +168,7 @@ def test_order_and_direction_of_segments_do_not_change_a_bit(seed):
     shuffled_N23[::2] = shuffled_N23[::2, ::-1]
     shuffled_N23[shuffled_N23 == 0] = -0.0
     scene = scene_of(np.random.default_rng(seed).uniform(-3, 3, (200, 3)), [i % 6 for i in range(200)])
-    a, b = (segments_to_wireframe(s, scene, SETTINGS) for s in (segments_N23, shuffled_N23))
+    a, b = (segments_to_wireframe(s, scene, settings) for s in (segments_N23, shuffled_N23))
     assert a.vertices_V3.tobytes() == b.vertices_V3.tobytes()
     assert a.edges_E2.tobytes() == b.edges_E2.tobytes()
 
