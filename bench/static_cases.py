@@ -1,0 +1,171 @@
+"""The launches that `bench.static` compiles: every operator, forward and backward, at the model's shapes.
+
+A case makes its inputs, calls the public function with impl="triton" and asks for all gradients. Inputs are zeros: what
+is compiled depends on shapes, strides, types and options, never on values.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bench.offline import Launch
+
+HEADS, KV_HEADS = 4, 2
+ITERATIONS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call of an operator.
+
+    Args:
+        full: compiled only on request.
+        trips: how often the largest loop of a launch runs, for the lower bound of its time.
+    """
+
+    operator: str
+    name: str
+    run: Callable[[], object]
+    full: bool = False
+    trips: Callable[[Launch], int] = lambda launch: 1
+
+
+# (kernel, architecture) -> (how many spilling instructions are accepted, why)
+SPILLS_ALLOWED: dict[tuple[str, int], tuple[int, str]] = {}
+
+
+def _sinkhorn(B: int, N: int, M: int, dtype: torch.dtype, *, slack: str, dustbin: bool) -> None:
+    from kernels.sinkhorn import sinkhorn
+
+    cost_BNM = torch.zeros(B, N, M, dtype=dtype, requires_grad=True)
+    bin_cost = torch.zeros((), requires_grad=True) if dustbin else None
+    cols_B = torch.full((B,), M)
+    solution = sinkhorn(
+        cost_BNM, cols_B=cols_B, eps=0.1, iterations=ITERATIONS, dustbin=bin_cost, slack=slack, impl="triton"
+    )
+    inputs = [cost_BNM] if bin_cost is None else [cost_BNM, bin_cost]
+    outputs = list(solution if dustbin else solution[:1])
+    torch.autograd.grad(outputs, inputs, [torch.zeros_like(output) for output in outputs])
+
+
+def _sinkhorn_cases() -> list[Case]:
+    # name -> (B, N, M, dtype, options, only on request)
+    table = {
+        "64x64": (64, 64, 64, torch.float32, {"slack": "full", "dustbin": True}, False),
+        "64x64 minimal": (64, 64, 64, torch.float32, {"slack": "minimal", "dustbin": True}, False),
+        "64x64 no bin": (64, 64, 64, torch.float32, {"slack": "full", "dustbin": False}, True),
+        "64x64 bf16": (64, 64, 64, torch.bfloat16, {"slack": "full", "dustbin": True}, True),
+        "32x32": (64, 32, 32, torch.float32, {"slack": "full", "dustbin": True}, True),
+        "64x128": (64, 64, 128, torch.float32, {"slack": "full", "dustbin": True}, True),
+        "128x128": (64, 128, 128, torch.float32, {"slack": "full", "dustbin": True}, True),
+        "512x512": (8, 512, 512, torch.float32, {"slack": "full", "dustbin": True}, True),
+    }
+    return [
+        Case(
+            operator="sinkhorn",
+            name=name,
+            run=functools.partial(_sinkhorn, B, N, M, dtype, **options),
+            full=full,
+            trips=lambda launch: ITERATIONS,
+        )
+        for name, (B, N, M, dtype, options, full) in table.items()
+    ]
+
+
+def _matching(B: int, N: int, M: int, *, plan_gradient: str, slack: str, gradients: bool) -> None:
+    from kernels.matching import match_segments
+
+    mid_BN3, dir_BN3, len_BN = (torch.zeros(B, N, *tail, requires_grad=gradients) for tail in ((3,), (3,), ()))
+    match = match_segments(
+        mid_BN3,
+        dir_BN3,
+        len_BN,
+        torch.zeros(B, M, 2, 3),
+        torch.full((B,), M),
+        iterations=ITERATIONS,
+        plan_gradient=plan_gradient,
+        slack=slack,
+        impl="triton",
+    )
+    if gradients:
+        torch.autograd.grad([match.transport_B, match.endpoint_B], [mid_BN3, dir_BN3, len_BN], [torch.zeros(B)] * 2)
+
+
+def _matching_cases() -> list[Case]:
+    detached, exact = {"plan_gradient": "detached", "slack": "full"}, {"plan_gradient": "exact", "slack": "full"}
+    # name -> (N, M, options, only on request)
+    table = {
+        "64x64": (64, 64, detached | {"gradients": True}, False),
+        "64x64 exact": (64, 64, exact | {"gradients": True}, True),
+        "64x64 no gradient": (64, 64, detached | {"gradients": False}, True),
+        "64x64 minimal": (64, 64, detached | {"gradients": True, "slack": "minimal"}, True),
+        "128x128": (128, 128, detached | {"gradients": True}, True),
+        "128x128 exact": (128, 128, exact | {"gradients": True}, True),
+    }
+    return [
+        Case(
+            operator="match_segments",
+            name=name,
+            run=functools.partial(_matching, 64, N, M, **options),
+            full=full,
+            trips=lambda launch: ITERATIONS,
+        )
+        for name, (N, M, options, full) in table.items()
+    ]
+
+
+def _attention(B: int, T: int, S: int, D: int, dtype: torch.dtype, *, ragged: bool, **options) -> None:
+    from kernels.attention import gqa_attention
+
+    q_BHTD = torch.zeros(B, T, HEADS, D, dtype=dtype).transpose(1, 2).requires_grad_()
+    k_BGSD, v_BGSD = (torch.zeros(B, S, KV_HEADS, D, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(2))
+    log_scale_H = torch.zeros(HEADS, requires_grad=True)
+    key_count_B = torch.full((B,), S) if ragged else None
+    o_BHTD = gqa_attention(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B=key_count_B, impl="triton", **options)
+    torch.autograd.grad(o_BHTD, [q_BHTD, k_BGSD, v_BGSD, log_scale_H], torch.zeros_like(o_BHTD))
+
+
+def _attention_cases() -> list[Case]:
+    # name -> (B, queries, keys, keys counted per item)
+    shapes = {
+        "cross 256x2048": (32, 256, 2048, True),
+        "cross 256x4096": (64, 256, 4096, True),
+        "self 256x256": (64, 256, 256, False),
+        "decoder 64x256": (64, 64, 256, False),
+        "decoder 64x64": (64, 64, 64, False),
+    }
+    types = {
+        "bf16": (torch.bfloat16, {}),
+        "tf32": (torch.float32, {"precision": "tf32"}),
+        "ieee": (torch.float32, {"precision": "ieee"}),
+    }
+    cross, self_ = shapes["cross 256x2048"], shapes["self 256x256"]
+    # name -> (shape, D, dtype, options, only on request)
+    table = {
+        f"{name} {kind}": (shape, 64, dtype, options, False)
+        for kind, (dtype, options) in types.items()
+        for name, shape in shapes.items()
+    }
+    table |= {
+        f"{name} {kind} D={D}": (shape, D, dtype, options, True)
+        for D in (16, 32, 128)
+        for kind, (dtype, options) in types.items()
+        for name, shape in (("cross 256x2048", cross), ("self 256x256", self_))
+    }
+    table["cross 256x2048 fp16 online"] = (cross, 64, torch.float16, {"softmax": "online"}, True)
+    table["cross 256x2048 bf16 online"] = (cross, 64, torch.bfloat16, {"softmax": "online"}, True)
+    table["cross 256x4096 bf16 split"] = (shapes["cross 256x4096"], 64, torch.bfloat16, {"split": 2}, True)
+    return [
+        Case(
+            operator="gqa_attention",
+            name=name,
+            run=functools.partial(_attention, *shape[:3], D, dtype, ragged=shape[3], **options),
+            full=full,
+        )
+        for name, (shape, D, dtype, options, full) in table.items()
+    ]
+
+
+CASES = (*_sinkhorn_cases(), *_matching_cases(), *_attention_cases())

@@ -1,0 +1,93 @@
+"""`bench.static` refuses every planted fault, accepts what is clean, and sees the same code in every process."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from bench.static import Finding, Unit, violations
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def run_static(*arguments: str, arch: int = 90, **environment: str) -> subprocess.CompletedProcess:
+    options = ("--cases", "tests.planted_kernels", "--arch", str(arch))
+    command = [sys.executable, "-m", "bench.static", *arguments, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT | environment)
+
+
+@pytest.fixture(scope="module")
+def planted() -> subprocess.CompletedProcess:
+    return run_static("--check")
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        r"spill/tile/sm_90/_spill_kernel: spills must be at most 0, got \d+ LDL and STL",
+        r"atomic/sum/sm_90/_atomic_kernel: atomics are not allowed, got {'(ATOMG|RED)\S*': 1}",
+        r"greedy/stages/sm_90/_greedy_kernel: shared memory must be at most 232448 bytes, got \d+",
+        r"missing/raises/sm_90: must compile: NotImplementedError: this operator has no kernel yet",
+        r"eager/nothing/sm_90: must compile: launched no kernel",
+    ],
+)
+def test_a_planted_fault_is_refused_by_name_and_rule(planted, refusal):
+    assert planted.returncode == 1
+    assert re.search(f"^REFUSED {refusal}$", planted.stdout, re.M), planted.stdout + planted.stderr
+
+
+def test_a_clean_kernel_passes_and_has_the_same_machine_code_in_another_process_and_cache(planted):
+    clean = run_static("clean", "--check")
+    assert clean.returncode == 0, clean.stdout + clean.stderr
+    rows = [re.search(r"^sm_90 _clean_kernel .* ([0-9a-f]{12})$", run.stdout, re.M) for run in (planted, clean)]
+    assert rows[0][0] == rows[1][0]
+    assert "REFUSED clean" not in planted.stdout
+
+
+def test_a_dot_without_matrix_instructions_is_refused_where_another_one_has_them():
+    refused = run_static("scalar_dot", "--check", arch=100)
+    refusal = "scalar_dot/float64/sm_100/_scalar_dot_kernel: a dot must become matrix instructions, got scalar ones"
+    assert refused.returncode == 1
+    assert f"REFUSED {refusal} for ['f64']" in refused.stdout, refused.stdout + refused.stderr
+
+
+def test_the_interpreter_is_refused():
+    refused = run_static("clean", TRITON_INTERPRET="1")
+    assert refused.returncode == 2
+    assert "TRITON_INTERPRET must not be set" in refused.stderr
+
+
+def test_an_unknown_operator_is_refused_by_name():
+    refused = run_static("cleen")
+    assert refused.returncode == 2
+    assert "operators must be among atomic, clean," in refused.stderr
+
+
+ROW = {
+    "kernel": "_kernel", "registers": 100, "instructions": 1000, "spills": 0, "atomics": {}, "shared": 0,
+    "shared_limit": 1, "scalar_dots": [],
+}  # fmt: skip
+KEY = "op/case/sm_90/_kernel"
+
+
+def _violations(row, committed=None, allowed=None) -> list[str]:
+    finding = Finding(Unit("module", "op", "case", 90), {KEY: ROW | row}, None)
+    return list(violations([finding], {KEY: committed} if committed else {}, allowed or {}))
+
+
+@pytest.mark.parametrize("quantity", ["registers", "instructions"])
+def test_growth_beyond_a_tenth_of_the_committed_result_is_refused(quantity):
+    grown = ROW[quantity] * 11 // 10
+    assert _violations({quantity: grown}, committed=ROW) == []
+    assert _violations({quantity: grown + 1}) == []
+    found = _violations({quantity: grown + 1}, committed=ROW)
+    assert found == [f"{KEY}: {quantity} must not grow by more than 10 %, got {grown + 1} after {ROW[quantity]}"]
+
+
+def test_a_spill_passes_only_where_it_is_listed_and_up_to_what_is_listed():
+    allowed = {("_kernel", 90): (8, "why")}
+    assert _violations({"spills": 8}, allowed=allowed) == []
+    assert _violations({"spills": 9}, allowed=allowed) == [f"{KEY}: spills must be at most 8, got 9 LDL and STL"]
+    assert _violations({"spills": 8}, allowed={("_kernel", 80): (8, "why")}) != []
