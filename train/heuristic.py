@@ -14,7 +14,7 @@ from perceiver.scene import Scene
 from perceiver.wireframe import CORNER_CLASSES, Wireframe, fallback_wireframe
 
 LINK_RADIUS_M = 0.3
-MIN_CLUSTER_POINTS = 1
+MIN_CLUSTER_SHARE = 0.005
 TUBE_RADIUS_M = 0.25
 BIN_M = 1.0
 MIN_COVER = 0.6
@@ -49,7 +49,7 @@ def _cluster_means(points_N3: np.ndarray) -> np.ndarray:
     clusters, cluster_N = connected_components(links, directed=False)
     count_C = np.bincount(cluster_N, minlength=clusters)
     sums = [np.bincount(cluster_N, weights=axis, minlength=clusters) for axis in points_N3.T]
-    return (np.stack(sums, axis=1) / count_C[:, None])[count_C >= MIN_CLUSTER_POINTS]
+    return (np.stack(sums, axis=1) / count_C[:, None])[count_C >= MIN_CLUSTER_SHARE * size]
 
 
 def _covered_pairs(vertices_V3: np.ndarray, points_N3: np.ndarray) -> np.ndarray:

@@ -170,9 +170,9 @@ class _Wall(NamedTuple):
     top: float
 
 
-def _add_lean_to(b: RoofBuilder, d: Draws, wall: _Wall, *, hipped: bool) -> None:
+def _add_lean_to(b: RoofBuilder, d: Draws, wall: _Wall, *, hipped: bool, low: bool = False) -> None:
     """Add a lower roof that leans against a wall, with open sides or hipped ones."""
-    drop, depth, run = d.between(0.7, 1.4), d.between(1.0, 2.2), d.between(0.7, 0.9) if hipped else 0.0
+    drop, depth, run = d.between(0.7, 2.4 if low else 1.4), d.between(1.0, 2.2), d.between(0.7, 0.9) if hipped else 0.0
     bottom = -drop - depth * d.between(0.25, 0.5) - (0.3 if hipped else 0.0)
     ends = (wall.low, wall.high)
     tops = [wall.place(along + inward * run, -drop, 0.0) for along, inward in zip(ends, (1, -1), strict=True)]
@@ -189,7 +189,7 @@ def _add_lean_to(b: RoofBuilder, d: Draws, wall: _Wall, *, hipped: bool) -> None
 def _add_annex(b: RoofBuilder, d: Draws, wall: _Wall) -> None:
     """Add a lower roof whose ridge runs out of a wall."""
     center, half = (wall.low + wall.high) / 2, (wall.high - wall.low) / 2
-    ridge = min(wall.top, half * d.between(0.4, 0.9) - d.between(0.7, 1.4))
+    ridge = min(wall.top, half * d.between(0.4, 0.9) - d.between(0.7, 2.6))
     eave = min(ridge - 0.35 * half, -0.7)
     depth, end = d.between(1.8, 3.5), _draw_end(d, half)
     out, shoulder = depth - end.run, (1 - end.gable) * half
@@ -234,10 +234,10 @@ def _draw_end(d: Draws, half: float) -> _End:
     return _draw_hip(d, half) if kind < 0.9 else _draw_half_hip(d, half)
 
 
-def _draw_body(d: Draws, left: Callable | None = None, right: Callable | None = None, half_m=(1.5, 2.4)) -> _Body:
+def _draw_body(d: Draws, left: Callable | None = None, right: Callable | None = None, *, steep: bool = False) -> _Body:
     """Draw the sizes of a body; ends are given as functions of (draws, half) or are drawn, too."""
-    half = d.between(*half_m)
-    rise = half * d.between(0.55, 1.0)
+    half = d.between(1.3, 2.1) if steep else d.between(1.5, 2.4)
+    rise = half * (d.between(0.75, 1.2) if steep else d.between(0.55, 1.0))
     ends = [(end or _draw_end)(d, half) for end in (left, right)]
     return _Body(sum(end.run for end in ends) + d.between(3.2, 6.0), half, rise, *ends)
 
@@ -356,18 +356,18 @@ def _dormer(d: Draws, b: RoofBuilder) -> bool:
 
 def _house(d: Draws, b: RoofBuilder) -> bool:
     """Add a body with several parts on all sides, as in typical real scenes; a part without room is left out."""
-    body = _draw_body(d)
+    body = _draw_body(d, steep=True)
     names = ("wing", "wing", "full wing", "dormer", "dormer", "lean-to", "annex")
-    slots = 2 if body.length > 5.5 else 1
+    slots = 2 if body.length > 4.8 else 1
     parts = {side: [d.pick(names) for _ in range(slots if d.chance(0.7) else 1)] for side in (1, -1)}
-    if d.chance(0.3):
+    if d.chance(0.2):
         parts[-1] = []
     for right in (False, True):
         kind = d.between(0.0, 1.0)
         if kind < 0.3:
             _add_annex(b, d, _end_wall(body, right, d.between(0.6, 0.9)))
         elif kind < 0.4:
-            _add_lean_to(b, d, _end_wall(body, right, d.between(0.6, 0.95)), hipped=False)
+            _add_lean_to(b, d, _end_wall(body, right, d.between(0.6, 0.95)), hipped=False, low=True)
     _furnish(d, b, body, parts)
     return True
 

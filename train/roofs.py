@@ -71,6 +71,7 @@ class _Setting:
     noise_m: tuple[float, float]
     back_density: float
     falloff: int
+    contrast: float
     trees: int
     short: float
     shift_m: float = 0.0
@@ -88,22 +89,24 @@ _SETTINGS = {
         noise_m=(0.03, 0.08),
         back_density=0.4,
         falloff=1,
+        contrast=1.0,
         trees=2,
         short=0.15,
     ),
     "real": _Setting(
-        types=("house",) * 8 + ("L", "T", "cross", "dormer", "half-hip", "lean-to", "hip", "gable", "pyramid", "shed"),
+        types=("house",) * 40 + ("L", "T", "cross", "dormer", "half-hip", "lean-to", "hip", "gable", "pyramid", "shed"),
         yaw_rad=math.pi,
         shares=(0.25, 0.30, 0.22, 0.15, 0.08),
         blob_m=0.15,
         noise_m=(0.04, 0.10),
-        back_density=0.1,
+        back_density=0.22,
         falloff=4,
-        trees=3,
+        contrast=5.0,
+        trees=6,
         short=0.25,
-        shift_m=0.15,
-        missed=0.2,
-        invented=0.3,
+        shift_m=0.12,
+        missed=0.1,
+        invented=0.25,
         confused=0.1,
     ),
 }
@@ -207,7 +210,7 @@ def _seen(d: Draws, roof: Roof, s: _Setting) -> Callable[[np.ndarray], np.ndarra
 
     def density(points_K3: np.ndarray) -> np.ndarray:
         x, _, z = ((points_K3 - (low + high) / 2) * toward).T
-        seen_K = (1 - (1 - s.back_density) * np.clip(0.5 - x - z, 0.0, 1.0)) ** s.falloff
+        seen_K = (1 - (1 - s.back_density) * np.clip(0.5 - s.contrast * (x + z), 0.0, 1.0)) ** s.falloff
         offset_KJ3 = points_K3[:, None] - trees_J3
         return np.where(((offset_KJ3 * offset_KJ3).sum(2) < 1.0).any(1), 0.05 * seen_K, seen_K)
 
