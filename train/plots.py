@@ -18,13 +18,13 @@ TRUTH_COLOR, PREDICTION_COLOR = GREEN, ORANGE
 # class_id -> name and colour: corners are vivid, edges follow them, surfaces stay behind
 POINT_CLASSES = (
     ("apex", "#d7263d"),
-    ("eave end point", "#f46036"),
+    ("eave end point", "#e8b004"),
     ("flashing end point", "#c2185b"),
     ("rake", "#3f6fd8"),
     ("ridge", "#7b4fd0"),
-    ("eave", "#1f9fb4"),
+    ("eave", "#4db3ea"),
     ("hip", "#5a8f29"),
-    ("valley", "#b07c10"),
+    ("valley", "#8d6e2f"),
     ("flashing", "#d05fa8"),
     ("step flashing", "#a8577e"),
     ("roof", "#9aa7b8"),
