@@ -1,8 +1,9 @@
 """What a kernel's machine code says: registers, spills, instruction mix, occupancy, and a lower bound of its time.
 
 The bound is the largest of: compulsory bytes over bandwidth, and per execution unit the cycles of the busiest
-multiprocessor, each instruction of the largest loop counted `trips` times and all others once. It knows nothing of
-latency, barriers and caches and was never compared with hardware: good for ranking and for finding regressions.
+multiprocessor. Only the shortest outermost loop counts, `trips` times: a longer one may be a path that is not taken. A
+launch without a known number of trips counts every instruction once. The bound knows nothing of latency, barriers and
+caches and was never compared with hardware: good for ranking and for finding regressions.
 """
 
 import collections
@@ -143,27 +144,41 @@ def time_bound_us(
     gpu: Gpu, code: MachineCode, *, programs: int, warps: int, tensor_bytes: int, trips: int
 ) -> tuple[float, str]:
     """Return a lower bound of a launch's time in microseconds, and the unit that sets it."""
-    loop = max(code.loops, key=lambda span: span[1] - span[0], default=(1, 0))
+    if trips == 1 or not code.loops:
+        begin, end, trips = 0, code.instructions[-1][0], 1
+    else:
+        begin, end = _shortest_loop(code)
     cycles: dict[str, float] = collections.defaultdict(float)
     for address, opcode in code.instructions:
-        times = trips if loop[0] <= address <= loop[1] else 1
-        cycles["issue"] += times
+        if not begin <= address <= end:
+            continue
+        cycles["issue"] += trips
         kind = _classify(opcode)
         if kind == "matrix":
             rate = gpu.tf32_flop if "TF32" in opcode else gpu.bf16_flop
-            cycles["matrix units"] += times * _matrix_flop_per_warp(opcode) / (rate / 4)
+            cycles["matrix units"] += trips * _matrix_flop_per_warp(opcode) / (rate / 4)
         elif kind == "fp32":
-            cycles["fp32 units"] += times * 32 / (gpu.fp32_lanes / 4)
+            cycles["fp32 units"] += trips * 32 / (gpu.fp32_lanes / 4)
         elif kind == "special":
-            cycles["special functions"] += times * 8
+            cycles["special functions"] += trips * 8
         elif kind in ("shared", "shuffle", "spill"):
-            cycles["shared memory"] += times * 4
+            cycles["shared memory"] += trips * 4
     # a multiprocessor has four schedulers, and a warp stays on one
     warps_per_scheduler = -(-(-(-programs // gpu.multiprocessors) * warps) // 4)
     bounds = {unit: count * warps_per_scheduler / gpu.ghz / 1e3 for unit, count in cycles.items()}
     bounds["memory"] = tensor_bytes / gpu.gigabytes_per_s / 1e3
     unit = max(bounds, key=bounds.__getitem__)
     return bounds[unit], unit
+
+
+def _shortest_loop(code: MachineCode) -> tuple[int, int]:
+    """Return the first and last address of the shortest loop that is in no other one."""
+    outer = (
+        (begin, end)
+        for begin, end in code.loops
+        if not any(b <= begin and end <= e and (b, e) != (begin, end) for b, e in code.loops)
+    )
+    return min(outer, key=lambda span: span[1] - span[0])
 
 
 @functools.cache

@@ -22,7 +22,7 @@ class Case:
 
     Args:
         full: compiled only on request.
-        trips: how often the largest loop of a launch runs, for the lower bound of its time.
+        trips: how often the main loop of a launch runs, for the lower bound of its time.
     """
 
     operator: str
@@ -127,6 +127,15 @@ def _attention(B: int, T: int, S: int, D: int, dtype: torch.dtype, *, ragged: bo
     torch.autograd.grad(o_BHTD, [q_BHTD, k_BGSD, v_BGSD, log_scale_H], torch.zeros_like(o_BHTD))
 
 
+def _attention_trips(T: int, S: int, launch: Launch) -> int:
+    match launch.kernel:
+        case "_attention_fwd_kernel" | "_attention_dq_kernel":
+            return S // launch.constants["BLOCK_S"]
+        case "_attention_dkv_kernel":
+            return HEADS // KV_HEADS * T // launch.constants["BLOCK_T"]
+    return 1
+
+
 def _attention_cases() -> list[Case]:
     # name -> (B, queries, keys, keys counted per item)
     shapes = {
@@ -163,6 +172,7 @@ def _attention_cases() -> list[Case]:
             name=name,
             run=functools.partial(_attention, *shape[:3], D, dtype, ragged=shape[3], **options),
             full=full,
+            trips=functools.partial(_attention_trips, *shape[1:3]),
         )
         for name, (shape, D, dtype, options, full) in table.items()
     ]
