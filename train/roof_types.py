@@ -236,10 +236,10 @@ def _draw_end(d: Draws, half: float) -> _End:
 
 def _draw_body(d: Draws, left: Callable | None = None, right: Callable | None = None, *, steep: bool = False) -> _Body:
     """Draw the sizes of a body; ends are given as functions of (draws, half) or are drawn, too."""
-    half = d.between(1.3, 2.1) if steep else d.between(1.5, 2.4)
+    half = d.between(1.25, 2.0) if steep else d.between(1.5, 2.4)
     rise = half * (d.between(0.75, 1.2) if steep else d.between(0.55, 1.0))
     ends = [(end or _draw_end)(d, half) for end in (left, right)]
-    return _Body(sum(end.run for end in ends) + d.between(3.2, 6.0), half, rise, *ends)
+    return _Body(sum(end.run for end in ends) + (d.between(3.0, 5.6) if steep else d.between(3.2, 6.0)), half, rise, *ends)
 
 
 def _margin(body: _Body, end: _End, height: float) -> float:
@@ -269,9 +269,10 @@ def _draw_wing(d: Draws, body: _Body, low: float, high: float, *, full: bool = F
 def _draw_dormer(d: Draws, b: RoofBuilder, body: _Body, side: int, low: float, high: float) -> bool:
     """Add a dormer between two places on the eave; False if there is no room."""
     half = min((high - low) / 2, d.between(0.7, 1.1))
-    base, cheek, rise = d.between(0.15, 0.35), d.between(0.68, 0.9), half * d.between(0.5, 0.8)
+    base, cheek = d.between(0.12, 0.3), d.between(0.68, 0.85)
+    rise = min(half * d.between(0.5, 0.8), body.rise - 0.15 - base - cheek)
     x, ridge = d.between(low + half, high - half), base + cheek + rise
-    if half < 0.68 or ridge > body.rise - 0.15 or not _fits(body, x, half - 0.3, ridge):
+    if min(half, rise / 0.4) < 0.68 or not _fits(body, x, half - 0.3, ridge):
         return False
     _add_dormer(b, body, side, x, half, (base, base + cheek, ridge))
     return True
@@ -358,15 +359,15 @@ def _house(d: Draws, b: RoofBuilder) -> bool:
     """Add a body with several parts on all sides, as in typical real scenes; a part without room is left out."""
     body = _draw_body(d, steep=True)
     names = ("wing", "wing", "full wing", "dormer", "dormer", "lean-to", "annex")
-    slots = 2 if body.length > 4.8 else 1
+    slots = 2 if body.length > 5.6 else 1
     parts = {side: [d.pick(names) for _ in range(slots if d.chance(0.7) else 1)] for side in (1, -1)}
     if d.chance(0.2):
         parts[-1] = []
     for right in (False, True):
         kind = d.between(0.0, 1.0)
-        if kind < 0.3:
+        if kind < 0.4:
             _add_annex(b, d, _end_wall(body, right, d.between(0.6, 0.9)))
-        elif kind < 0.4:
+        elif kind < 0.5:
             _add_lean_to(b, d, _end_wall(body, right, d.between(0.6, 0.95)), hipped=False, low=True)
     _furnish(d, b, body, parts)
     return True
