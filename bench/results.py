@@ -47,10 +47,17 @@ def condense(raw: Mapping[str, Any]) -> Results:
 
 def describe_machine(raw: Mapping[str, Any]) -> dict[str, Any]:
     """What measured: processor or GPU, versions, commit, day."""
-    machine: dict[str, Any] = {
+    return {
         "date": raw["datetime"][:10],
         "commit": raw["commit_info"].get("id"),
         "cpu": raw["machine_info"]["cpu"].get("brand_raw", platform.processor()),
+        **installed_versions(),
+    }
+
+
+def installed_versions() -> dict[str, Any]:
+    """Cores, GPU and the versions that a number depends on."""
+    machine: dict[str, Any] = {
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -91,8 +91,19 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     run_dir = options.runs / (options.name or recipe.name)
     start = load_start(options.start, options.start_stage, recipe) if options.start else None
     trained = run(recipe, run_dir, start=start, device=options.device, progress=not options.quiet)
-    print(f"{'complete' if trained else 'already complete'}: {run_dir}")
+    print(f"{run_dir} is {'complete' if trained else 'complete already; nothing was done'}")
+    _report(run_dir)
     return 0
+
+
+def _report(run_dir: Path) -> None:
+    """Write the page, where the package that draws it is installed."""
+    from train.report import write_report
+
+    try:
+        print(f"report: {write_report(run_dir)}")
+    except ImportError as error:
+        print(f"no report: {error}", file=sys.stderr)
 
 
 def _override(recipe: Recipe, flags: list[str]) -> Recipe:

@@ -16,7 +16,7 @@ from perceiver.model import Perceiver
 from perceiver.score import ScorePool
 from train.checkpoint import Checkpoint, load_newest, save_checkpoint, tensors_digest
 from train.config import ROOT, Recipe, StageConfig, recipe_to_dict
-from train.data import StageData, load_stage_data
+from train.data import StageData, describe_coverage, load_stage_data
 from train.determinism import Machine, enter
 from train.evaluate import Evaluation, evaluate, format_scores, write_scores
 from train.examples import write_examples
@@ -277,6 +277,7 @@ class _Trainer:
             )
             self._data_uri = stage.data
             self.say(self._data.describe())
+            self.say(describe_coverage(stage.data, self._data.dev.scenes))
         data = self._data
         first_step = self.recipe.start_of(number - 1) + 1
         line = {"uri": stage.data, "train_digest": data.train.digest, "dev_digest": data.dev.digest}
