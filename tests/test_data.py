@@ -248,6 +248,12 @@ def test_scenes_of_a_part_or_of_all_are_loaded_in_order(small):
         assert [s.order_id for s in load_scenes(small + part)] == expected
 
 
+def test_order_ids_name_undecodable_rows_too(small):
+    damage(small, "row-00008")
+    assert data.load_order_ids(f"{small}#dev") == ["row-00007", "row-00008", "row-00009"]
+    assert len(data.load_order_ids(small)) == 10
+
+
 def test_scenes_without_truth_are_loaded_only_where_none_is_needed(small):
     damage(small, "row-00004", gt_segments=None, gt_vertices=None, gt_edges=None, gt_edge_classes=None)
     assert len(load_scenes(small, truth=False)) == 10

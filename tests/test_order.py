@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.philox import Place, philox_4x32
+from train import order
 from train.order import batch_indices, batches_per_epoch, epoch_order
 
 NAMES = [f"row-{i}" for i in range(300)]
@@ -14,9 +15,9 @@ def visited(names: list[str], seed: int = 353, epoch: int = 0) -> list[str]:
 
 
 def test_order_is_a_permutation():
-    order = epoch_order(NAMES, 353, 0)
-    assert order.dtype == torch.int64
-    assert sorted(order.tolist()) == list(range(300))
+    permutation = epoch_order(NAMES, 353, 0)
+    assert permutation.dtype == torch.int64
+    assert sorted(permutation.tolist()) == list(range(300))
 
 
 def test_order_sorts_by_the_philox_words_of_the_hashed_order_id():
@@ -44,8 +45,21 @@ def test_order_does_not_depend_on_the_order_of_the_file():
 
 
 def test_rows_of_one_name_keep_their_file_order():
-    order = epoch_order(["a", "b", "a", "c", "a"], 353, 0).tolist()
-    assert [i for i in order if i in (0, 2, 4)] == [0, 2, 4]
+    rows = epoch_order(["a", "b", "a", "c", "a"], 353, 0).tolist()
+    assert [i for i in rows if i in (0, 2, 4)] == [0, 2, 4]
+
+
+def test_rows_with_equal_words_are_visited_by_name(monkeypatch):
+    zeros = torch.zeros(4, dtype=torch.int64)
+    monkeypatch.setattr(order, "philox_4x32", lambda *counters, seed: (zeros, zeros, zeros, zeros))
+    assert visited(["d", "b", "c", "a"]) == ["a", "b", "c", "d"]
+
+
+def test_words_sort_as_unsigned_numbers(monkeypatch):
+    w0 = torch.tensor([2**32 - 1, 0, 2**31, 2**31 - 1, 0])
+    w1 = torch.tensor([0, 2**32 - 1, 5, 7, 1])
+    monkeypatch.setattr(order, "philox_4x32", lambda *counters, seed: (w0, w1, w0, w1))
+    assert epoch_order(["a", "b", "c", "d", "e"], 353, 0).tolist() == [4, 1, 3, 2, 0]
 
 
 @pytest.mark.parametrize("other", [{"epoch": 1}, {"seed": 354}, {"seed": 353 + 2**32}])
@@ -55,9 +69,9 @@ def test_epochs_and_seeds_differ(other):
 
 
 def test_batches_cut_the_epoch_without_its_tail():
-    order = epoch_order(NAMES, 353, 0)
-    batches = [batch_indices(order, step, 64) for step in range(batches_per_epoch(300, 64))]
-    assert torch.equal(torch.cat(batches), order[:256])
+    permutation = epoch_order(NAMES, 353, 0)
+    batches = [batch_indices(permutation, step, 64) for step in range(batches_per_epoch(300, 64))]
+    assert torch.equal(torch.cat(batches), permutation[:256])
 
 
 @pytest.mark.parametrize("step", [-1, 4])

@@ -12,8 +12,9 @@ published sets are not cut at the same scene), and those that bad_samples.txt na
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,17 @@ def load_scenes(uri: str | SourceUri, *, truth: bool = True, strict: bool = Fals
     return scenes
 
 
+def load_order_ids(uri: str | SourceUri) -> list[str]:
+    """Return the order_id of every row that `load_scenes` would read, decodable or not: what must be answered.
+
+    Raises:
+        SourceError: see `open_rows`.
+    """
+    uri = SourceUri.parse(uri)
+    source = open_rows(uri)
+    return [source.order_ids[i] for i in source.span(uri.part)]
+
+
 def read_bad_samples(path: Path) -> frozenset[str]:
     """Read order_ids, one a line; `#` starts a comment, blank lines are skipped, the last newline may be missing.
 
@@ -239,7 +251,7 @@ def _dev_order_ids(source: Rows, dev_uris: Sequence[str | SourceUri]) -> frozens
     return frozenset(rows.order_ids[i] for rows in sources for i in rows.span("dev"))
 
 
-def _decode(source: Rows, numbers: Iterable[int], *, truth: bool, strict: bool) -> Iterable[Scene]:
+def _decode(source: Rows, numbers: Iterable[int], *, truth: bool, strict: bool) -> Iterator[Scene]:
     """The usable ones of some rows; the others are warned of, or the first of them raises."""
     failed = 0
     for i in numbers:
@@ -258,41 +270,41 @@ def _decode(source: Rows, numbers: Iterable[int], *, truth: bool, strict: bool) 
 
 
 def _load_rows(source: Rows, part: str, numbers: Sequence[int], *, strict: bool) -> RowSet:
-    """Decode rows and stack them chunk by chunk; the scenes themselves are kept for the dev part only."""
+    """Decode and stack rows chunk by chunk; the scenes themselves are kept for the dev part only."""
     digest = hashlib.sha256()
     order_ids: list[str] = []
     kept: list[Scene] = []
-    columns: dict[str, list[torch.Tensor]] = {field.name: [] for field in fields(SceneBatch)}
-    chunk: list[Scene] = []
-
-    def stack() -> None:
-        batch = stack_scenes(chunk)
-        for name, tensors in columns.items():
-            tensors.append(getattr(batch, name))
-        chunk.clear()
-
+    columns: dict[str, torch.Tensor] = {}
     points = 0
-    for scene in _decode(source, numbers, truth=True, strict=strict):
-        points = points or len(scene.mask)
-        if len(scene.mask) != points:
-            raise RowError(
-                scene.order_id, "mask", f"must have {points} points as the rows before, has {len(scene.mask)}"
-            )
-        _add_to_digest(digest, scene)
-        order_ids.append(scene.order_id)
+    scenes = _decode(source, numbers, truth=True, strict=strict)
+    for chunk in iter(lambda: list(islice(scenes, _CHUNK)), []):
+        points = points or len(chunk[0].mask)
+        for scene in chunk:
+            _check_points(scene, points)
+            _add_to_digest(digest, scene)
+        batch = stack_scenes(chunk)
+        for field in fields(batch):
+            rows = getattr(batch, field.name)
+            if field.name not in columns:
+                columns[field.name] = rows.new_empty((len(numbers), *rows.shape[1:]))
+            columns[field.name][len(order_ids) : len(order_ids) + len(chunk)] = rows
+        order_ids += [scene.order_id for scene in chunk]
         if part == "dev":
-            kept.append(scene)
-        chunk.append(scene)
-        if len(chunk) == _CHUNK:
-            stack()
-    if chunk:
-        stack()
+            kept += chunk
     if not order_ids:
         raise SourceError(f"{source.uri}: its {part} part has no usable rows")
-    # a column is let go as soon as it is joined, so the peak is one column above the result
-    rows = SceneBatch(**{name: torch.cat(columns.pop(name)) for name in list(columns)})
-    uri = source.uri.with_part(part)
-    return RowSet(uri=uri, rows=rows, order_ids=tuple(order_ids), digest=digest.hexdigest(), scenes=tuple(kept))
+    return RowSet(
+        uri=source.uri.with_part(part),
+        rows=SceneBatch(**{name: column[: len(order_ids)] for name, column in columns.items()}),
+        order_ids=tuple(order_ids),
+        digest=digest.hexdigest(),
+        scenes=tuple(kept),
+    )
+
+
+def _check_points(scene: Scene, points: int) -> None:
+    if len(scene.mask) != points:
+        raise RowError(scene.order_id, "mask", f"must have {points} points as the rows before, has {len(scene.mask)}")
 
 
 def _add_to_digest(digest, scene: Scene) -> None:

@@ -4,6 +4,7 @@ Rows are sorted by a random number of their own, so the relative order of two ro
 there are: dropping a bad sample moves nobody past anybody. There is no shuffling state to save.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -32,12 +33,11 @@ def epoch_order(order_ids: Sequence[str], seed: int, epoch: int) -> torch.Tensor
     """
     if not 0 <= epoch <= _WORD:
         raise ValueError(f"epoch must be in [0, 2^32), got {epoch}")
-    hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in order_ids]
-    low = torch.tensor([h & _WORD for h in hashes], dtype=torch.int64)
-    high = torch.tensor([h >> 32 for h in hashes], dtype=torch.int64)
+    low, high, by_name = _counters(tuple(order_ids))
     w0, w1, _, _ = philox_4x32(low, high, epoch, int(Place.EPOCH_ORDER), seed=seed)
-    keys = list(zip(w0.tolist(), w1.tolist(), order_ids, strict=True))
-    return torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.int64)
+    # the sign bit is flipped: signed keys then sort as the unsigned 64-bit number w0 w1
+    key = (w0 - (1 << 31)) * (1 << 32) + w1
+    return by_name[torch.argsort(key[by_name], stable=True)]
 
 
 def batches_per_epoch(rows: int, batch: int) -> int:
@@ -65,3 +65,15 @@ def batch_indices(order: torch.Tensor, step_in_epoch: int, batch: int) -> torch.
     if not 0 <= step_in_epoch < steps:
         raise ValueError(f"step_in_epoch must be in [0, {steps}), got {step_in_epoch}")
     return order[step_in_epoch * batch : (step_in_epoch + 1) * batch]
+
+
+@functools.lru_cache(maxsize=4)
+def _counters(order_ids: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Low and high word of the hash of each order_id, and the rows sorted by order_id; the same in every epoch."""
+    hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in order_ids]
+    by_name = sorted(range(len(order_ids)), key=order_ids.__getitem__)
+    return (
+        torch.tensor([h & _WORD for h in hashes], dtype=torch.int64),
+        torch.tensor([h >> 32 for h in hashes], dtype=torch.int64),
+        torch.tensor(by_name, dtype=torch.int64),
+    )
