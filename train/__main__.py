@@ -1,6 +1,7 @@
 """The command line: python -m train run | evaluate | predict | compare."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -42,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m train", description="Train, score and compare runs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | evaluate | predict | compare")
+    # an abbreviated flag could be the whole name of a recipe's value
+    add = functools.partial(commands.add_parser, allow_abbrev=False)
 
-    sub = commands.add_parser(
-        "run", help="train a recipe; every value of it is a flag, see run --recipe NAME --help-recipe"
-    )
+    sub = add("run", help="train a recipe; every value of it is a flag, see run --recipe NAME --help-recipe")
     sub.add_argument("--recipe", default="demo", help="a name in configs/, or a path to a .json file (default: demo)")
     sub.add_argument("--name", help="name of the run's directory (default: the recipe's name)")
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="directory of all runs (default: runs)")
@@ -56,19 +57,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--help-recipe", action="store_true", help="list the recipe's values and their flags")
     sub.set_defaults(action=_run)
 
-    sub = commands.add_parser("evaluate", help="score a run or a checkpoint on a set with ground truth")
+    sub = add("evaluate", help="score a run or a checkpoint on a set with ground truth")
     _add_model_options(sub)
     sub.add_argument("--set", choices=sorted(SET_TITLES), default="dev", help="what the set is called (default: dev)")
     sub.add_argument("--out", type=Path, help="directory for scores.json and scores.csv (default: the run's)")
     sub.add_argument("--workers", type=int, default=2, help="processes that score (default: 2)")
     sub.set_defaults(action=_evaluate)
 
-    sub = commands.add_parser("predict", help="write submission.json for a set")
+    sub = add("predict", help="write submission.json for a set")
     _add_model_options(sub)
     sub.add_argument("--out", type=Path, default=Path("submission.json"))
     sub.set_defaults(action=_predict)
 
-    sub = commands.add_parser("compare", help="are two runs identical? exit code 0 only if every bit is")
+    sub = add("compare", help="are two runs identical? exit code 0 only if every bit is")
     sub.add_argument("run_a", type=Path)
     sub.add_argument("run_b", type=Path)
     sub.set_defaults(action=_compare)

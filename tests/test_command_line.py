@@ -1,0 +1,95 @@
+"""The command line: exit codes, one clear line for a mistake, and the commands end to end on a tiny run."""
+
+import json
+
+import pytest
+
+from train.__main__ import main
+from train.roofs import generate_scenes
+from train.sources import write_npz
+
+# one stage of two updates, unscored
+QUICK = ["--recipe", "tiny", "--quiet", "--device", "cpu", "--threads", "1", "--evaluate.no-score"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(["run", *QUICK, "--runs", str(runs)]) == 0
+    return runs
+
+
+def test_a_run_leaves_a_page_and_says_where(runs, capsys):
+    assert main(["run", *QUICK, "--runs", str(runs)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{runs / 'tiny'} is complete already" in printed
+    assert f"report: {runs / 'tiny' / 'report.html'}" in printed
+
+
+def test_a_run_can_be_scored_and_compared_and_answers_a_set(runs, tmp_path, capsys):
+    write_npz(generate_scenes(3, seed=5, points=128, setting="easy"), tmp_path / "set")
+    data = ["--data", f"npz:{tmp_path / 'set'}", "--device", "cpu", "--threads", "1"]
+    score = ["--set", "validation", "--out", str(tmp_path), "--workers", "1"]
+    assert main(["evaluate", str(runs / "tiny"), *data, *score]) == 0
+    scores = json.loads((tmp_path / "scores_validation.json").read_text())
+    assert (scores["set"], scores["scenes"], scores["checkpoint"]["step"]) == ("official validation", 3, 20)
+    assert main(["predict", str(runs / "tiny" / "stage3.pt"), *data, "--out", str(tmp_path / "submission.json")]) == 0
+    rows = json.loads((tmp_path / "submission.json").read_text())
+    assert len(rows) == 3
+    assert all(row["wf_vertices"] and row["wf_edges"] for row in rows)
+    assert main(["compare", str(runs / "tiny"), str(runs / "tiny")]) == 0
+    assert "are identical" in capsys.readouterr().out
+
+
+def test_runs_that_differ_give_exit_code_1_and_the_first_difference(runs, capsys):
+    assert main(["run", *QUICK, "--runs", str(runs), "--name", "other", "--seed", "4", "--stages.2.until", "13"]) == 0
+    assert main(["compare", str(runs / "tiny"), str(runs / "other")]) == 1
+    printed = capsys.readouterr().out
+    assert "differ\n  metrics: first at step 1 (train): " in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--recipe", "demoo"], "recipe 'demoo' does not exist; known recipes: demo"),
+        (["run", "--recipe", "tiny", "--from", "nothing.pt"], "checkpoint nothing.pt does not exist"),
+        (["evaluate", "nowhere", "--data", "roofs:easy"], "checkpoint nowhere does not exist"),
+        (["compare", "nowhere", "nowhere"], "nowhere holds no run"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(arguments, message, capsys):
+    assert main(arguments) == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.startswith(f"train {arguments[0]}: ")
+    assert errors.count("\n") == 1
+
+
+def test_another_recipe_in_the_directory_is_refused_and_nothing_overwritten(runs, capsys):
+    before = (runs / "tiny" / "config.json").read_bytes()
+    assert main(["run", *QUICK, "--runs", str(runs), "--seed", "9"]) == 1
+    assert "holds a run of another recipe (different: seed); take another --name" in capsys.readouterr().err
+    assert (runs / "tiny" / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("data", ["roofs:hard", "parquet:nowhere", "s3://x", "roofs:easy?dots=3"])
+def test_a_wrong_source_is_named(tmp_path, data, capsys):
+    assert main(["run", *QUICK, "--runs", str(tmp_path), "--stages.0.data", data]) == 1
+    errors = capsys.readouterr().err
+    assert data.split("?")[0] in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["compare", "a"], ["evaluate", "a", "--data", "b", "--dat", "c"]])
+def test_misuse_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: python -m train" in capsys.readouterr().err
+
+
+def test_an_unknown_value_of_the_recipe_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--recipe", "tiny", "--stages.0.lrr", "3"])
+    assert stop.value.code == 2
+    assert "--stages.0.lr" in capsys.readouterr().err
