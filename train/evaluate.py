@@ -152,7 +152,7 @@ def measure_yardsticks(
     from train.heuristic import label_clusters
 
     truths = [true_wireframe(scene) for scene in scenes]
-    processed = [segments_to_wireframe(scene.to_world(scene.gt_segments), scene, postprocess) for scene in scenes]
+    processed = [_processed_truth(scene, postprocess) for scene in scenes]
     clusters = [label_clusters(scene) for scene in scenes]
     return {
         "truth_through_postprocessing": summarize(_score(processed, truths, scenes, pool)),
@@ -260,6 +260,12 @@ def _to_wireframe(
         return segments_to_wireframe(scene.to_world(kept_K23), scene, postprocess)
     except ValueError as error:
         raise ValueError(f"the prediction for scene {scene.order_id!r} cannot be used: {error}") from error
+
+
+def _processed_truth(scene: Scene, postprocess: PostprocessConfig) -> Wireframe:
+    """What a perfect model would get; from the normalised segments it would have to predict."""
+    assert scene.gt_segments is not None
+    return segments_to_wireframe(scene.to_world(scene.gt_segments), scene, postprocess)
 
 
 def _score(predictions, truths, scenes, pool: ScorePool) -> list[Score]:
