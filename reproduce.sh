@@ -83,23 +83,17 @@ make_environment() {
     printf '%s %s\n' "${key%% *}" "$base" >"$stamp"
 }
 
-train() {
-    local recipe=$1
-    .venv/bin/python -m train run --recipe "$@"
-    .venv/bin/python -m train.report "runs/$recipe"
-}
-
 command=${1:-demo}
 shift $(($# > 0))
 case $command in
 demo | s23dr)
     make_environment
-    train "$command" "$@"
+    .venv/bin/python -m train run --recipe "$command" "$@"
     ;;
 again)
     recipe=${1:-demo}
     make_environment
-    train "$recipe"
+    .venv/bin/python -m train run --recipe "$recipe"
     .venv/bin/python -m train run --recipe "$recipe" --name "$recipe-again"
     .venv/bin/python -m train compare "runs/$recipe" "runs/$recipe-again"
     ;;

@@ -27,7 +27,7 @@ CASES = {
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 
 
-def float64_loss(recipe: Recipe, batch: SceneBatch, endpoint_weight: float) -> float:
+def _float64_loss(recipe: Recipe, batch: SceneBatch, endpoint_weight: float) -> float:
     machine = enter(threads=recipe.threads, precision="fp32", impl="eager", device="cpu")
     model = Perceiver(recipe.model, seed=recipe.seed).double()
     exact = {name: x.double() if x.is_floating_point() else x for name, x in vars(batch).items()}
@@ -42,7 +42,7 @@ def bench_step(benchmark, case):
     recipe = load_recipe(name)
     stage = dataclasses.replace(recipe.stages[2], lr=1e-4)
     batch = stack_scenes(generate_scenes(scenes, seed=0, points=points, setting="easy"))
-    truth = float64_loss(recipe, batch, stage.endpoint_weight)
+    truth = _float64_loss(recipe, batch, stage.endpoint_weight)
     machine = enter(threads=recipe.threads, precision=precision, impl="auto")
     model = Perceiver(recipe.model, seed=recipe.seed).to(machine.device)
     optimizer = build_optimizer(model, recipe.optim)

@@ -59,7 +59,7 @@ def _first_differing_line(a: list[str], b: list[str]) -> str | None:
         if left == right:
             continue
         if left is None or right is None:
-            line = json.loads(left or right)
+            line = json.loads(left or right or "")
             return f"metrics: only one run goes on to step {line['step']:,} ({line['kind']})"
         x, y = json.loads(left), json.loads(right)
         keys = [key for key in {**x, **y} if x.get(key) != y.get(key)]

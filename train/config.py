@@ -180,7 +180,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _build(kind: Any, value: Any, where: str) -> Any:
     """`value`, plain JSON, as the type `kind`: a dataclass, a tuple of them, a literal or a scalar."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be an object, got {value!r}")
         hints = typing.get_type_hints(kind)

@@ -57,7 +57,8 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
         _fix_cublas_workspace()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # a property of the module, which type checkers do not see
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     tf32 = precision == "tf32"

@@ -60,6 +60,7 @@ def build_optimizer(model: Perceiver, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the learning rate `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 

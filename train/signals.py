@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 
 class RunStopped(Exception):
@@ -17,7 +18,7 @@ class RunStopped(Exception):
 def signals_noted() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in the yielded list; a second one of a kind has its usual effect at once."""
     caught: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
