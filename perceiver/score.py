@@ -7,6 +7,7 @@ processes that stay alive between calls, `summarize` gives the leaderboard's fie
 """
 
 import multiprocessing
+import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
@@ -85,9 +86,7 @@ class ScorePool:
             # a fork server imports the package once; a plain fork is unsafe beside the threads of torch
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["hoho2025.metric_helper"])
-            self._executor = ProcessPoolExecutor(
-                workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-            )
+            self._executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
 
     def score(self, jobs: Iterable[Job]) -> list[Score]:
         """Score all jobs, in their order.
@@ -126,6 +125,12 @@ def summarize(scores: Sequence[Score]) -> dict[str, float]:
         "corner_f1_mean": float(corner_f1_B.mean()),
         "edge_iou_mean": float(edge_iou_B.mean()),
     }
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches every process of a terminal; the one that owns the pool decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _score_job(job: Job) -> Score:

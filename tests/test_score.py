@@ -1,3 +1,5 @@
+import os
+import signal
 import sys
 
 import numpy as np
@@ -51,6 +53,14 @@ def test_two_workers_score_the_same_bits_in_the_same_order_again_and_again(jobs,
         broken = Job("roof-broken", Wireframe(np.full((2, 3), np.nan), np.array([[0, 1]])), GABLE)
         with pytest.raises(RuntimeError, match="scene 'roof-broken' failed: prediction must have finite vertices"):
             pool.score([jobs[0], broken, jobs[1]])
+        assert pool.score(jobs[:2]) == inline_scores[:2]
+
+
+def test_workers_leave_an_interrupt_to_the_process_that_owns_them(jobs, inline_scores):
+    with ScorePool(2) as pool:
+        pool.score(jobs[:2])
+        for pid in pool._executor._processes:
+            os.kill(pid, signal.SIGINT)
         assert pool.score(jobs[:2]) == inline_scores[:2]
 
 
