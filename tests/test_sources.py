@@ -1,4 +1,5 @@
 import builtins
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -185,10 +186,11 @@ def test_directory_that_mixes_splits_is_refused(tmp_path):
         open_rows(f"parquet:{tmp_path}")
 
 
-def test_files_that_do_not_fit_are_one_clear_line(tmp_path, capfd, datasets):
+def test_files_that_do_not_fit_are_one_clear_line(tmp_path, capfd, caplog, monkeypatch, datasets):
     import pyarrow as pa
     import pyarrow.parquet
 
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [caplog.handler])
     (tmp_path / "a.parquet").write_bytes(b"hello")
     with pytest.raises(SourceError, match=r"cannot read the set .*Are they whole") as error:
         open_rows(f"parquet:{tmp_path}")
@@ -199,6 +201,7 @@ def test_files_that_do_not_fit_are_one_clear_line(tmp_path, capfd, datasets):
     with pytest.raises(SourceError, match="column names don't match") as error:
         open_rows(f"parquet:{tmp_path}")
     assert "\n" not in str(error.value)
+    assert caplog.text == ""
     assert capfd.readouterr() == ("", "")
 
 

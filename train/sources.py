@@ -255,7 +255,7 @@ def _open_hub(uri: SourceUri) -> Rows:
 
 def _load_table(uri: SourceUri, advice: str, *args, **options) -> Rows:
     try:
-        import datasets
+        import datasets.exceptions
     except ImportError as error:
         raise SourceError(f"{uri}: needs the package datasets, which is not installed: pip install datasets") from error
     # a download takes minutes and may be watched
