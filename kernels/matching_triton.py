@@ -38,7 +38,7 @@ def match_segments_forward_triton(
     matched_BN, partner_BN = (len_BN.new_empty(B, N, dtype=dtype) for dtype in (torch.float32, torch.int64))
     grads_B27N = len_BN.new_empty((B, 2, 7, N) if need_grad else 0, dtype=torch.float32)
     exact = need_grad and settings.plan_gradient == "exact"
-    history = len_BN.new_empty((B, settings.iterations, N + M + 2) if exact else 0, dtype=torch.float32)
+    history = len_BN.new_empty((B, N + M + 2, settings.iterations + 1) if exact else 0, dtype=torch.float32)
     tile = tuple(64 if size <= 64 else 128 for size in (N, M))
     inputs = (tensor.contiguous() for tensor in (mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B))
     if B:
@@ -82,7 +82,7 @@ def _match_segments_fwd_kernel(
     predicted = (mid_ptr + item * N * 3, dir_ptr + item * N * 3, len_ptr + item * N, offs_n, mask_n)
     true = (gt_ptr + item * M * 6, offs_m, mask_m)
     weights = (direction_weight, length_weight, cost_scale)
-    history = (history_ptr + item * iterations * (N + M + 2), N, M, iterations)
+    history = (history_ptr + item * (N + M + 2) * (iterations + 1), N, M, iterations)
     grads_ptr += item * 14 * N
     share = 1.0 / tl.maximum(m, 1).to(tl.float32)
 
