@@ -87,10 +87,10 @@ _SETTINGS = {
         shares=(0.16, 0.38, 0.26, 0.12, 0.08),
         blob_m=0.0,
         noise_m=(0.02, 0.05),
-        back_density=0.3,
+        back_density=0.33,
         falloff=3,
         contrast=1.0,
-        trees=3,
+        trees=2,
         short=0.15,
     ),
     "real": _Setting(
