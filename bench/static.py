@@ -79,9 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
         for arch in options.arch
     ]
     started = time.perf_counter()
-    findings = survey(units)
+    findings = []
+    for finding in survey(units):
+        _print_rows(finding, heading=not findings or finding.unit[:3] != findings[-1].unit[:3])
+        findings.append(finding)
     rows = {key: row for finding in findings for key, row in finding.rows.items()}
-    _print_table(findings)
     print(f"{len(rows)} launches of {len(units)} cases in {time.perf_counter() - started:.0f} s")
     path = _result_path()
     problems = list(violations(findings, _committed(path), cases.SPILLS_ALLOWED))
@@ -92,14 +94,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if options.check and problems else 0
 
 
-def survey(units: list[Unit]) -> list[Finding]:
-    """Compile all units from a cold cache and return what was found, in their order."""
+def survey(units: list[Unit]) -> Iterator[Finding]:
+    """Compile all units from a cold cache and yield what was found, in their order."""
     with tempfile.TemporaryDirectory(prefix="triton-") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         # new processes, not forked ones: each reads the environment before it imports triton
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(min(PROCESSES, len(units)), mp_context=context) as pool:
-            return list(pool.map(_survey_unit, units))
+            yield from pool.map(_survey_unit, units)
 
 
 def violations(
@@ -107,16 +109,20 @@ def violations(
     committed: dict[str, dict[str, Any]],
     spills_allowed: dict[tuple[str, int], tuple[int, str]],
 ) -> Iterator[str]:
-    """Yield a line for each rule that a launch breaks: what, which rule, by how much.
+    """Yield a line for each rule that a launch breaks: what, which rule, by how much; the same code only once.
 
     Args:
         committed: rows by key of the same Triton release, to compare with; may be empty.
         spills_allowed: (kernel, architecture) -> (spilling instructions accepted, reason).
     """
+    seen: set[str] = set()
     for finding in findings:
         if finding.error:
             yield f"{finding.unit}: must compile: {finding.error}"
         for key, row in finding.rows.items():
+            if row["sha256"] in seen:
+                continue
+            seen.add(row["sha256"])
             allowed, _ = spills_allowed.get((row["kernel"], finding.unit.arch), (0, ""))
             if row["spills"] > allowed:
                 yield f"{key}: spills must be at most {allowed}, got {row['spills']} LDL and STL"
@@ -202,25 +208,20 @@ def _scalar_dots(launch, matrix_instructions: dict[str, int]) -> list[str]:
     return sorted({dtype for operands, dtype in found if dtype != "f32" or "inputPrecision" in operands})
 
 
-def _print_table(findings: list[Finding]) -> None:
-    form = "{:5} {:34} {:18} {:>5} {:>4} {:>6} {:>6} {:>7} {:>7} {:16} {:>6} {:>6} {:>9} {:17} {}"
+def _print_rows(finding: Finding, *, heading: bool) -> None:
+    form = "{:6} {:30} {:10} {:>5} {:>4} {:>6} {:>5} {:>6} {:>7} {:15} {:>6} {:>6} {:>9} {:17} {}"
     columns = "arch kernel grid warps regs spills stack shared blk/SM limiter instr matrix bound_us bound_by sha256"
-    heading = None
-    for finding in findings:
-        if heading != (heading := finding.unit[1:3]):
-            print(f"\n{finding.unit.operator}, {finding.unit.case}")
-            print(form.format(*columns.split()))
-        if finding.error:
-            print(f"sm_{finding.unit.arch} {finding.error}")
-        for row in finding.rows.values():
-            print(
-                form.format(
-                    f"sm_{finding.unit.arch}", row["kernel"], "x".join(map(str, row["grid"])), row["warps"],
-                    row["registers"], row["spills"], row["stack"], row["shared"],
-                    f"{row['blocks']} {row['occupancy']:.0%}", row["limiter"][:16], row["instructions"],
-                    sum(row["matrix"].values()), f"{row['bound_us']:.2f}", row["bound_by"], row["sha256"][:12],
-                )
-            )  # fmt: skip
+    unit = finding.unit
+    if heading:
+        print(f"\n{unit.operator}, {unit.case}", form.format(*columns.split()), sep="\n")
+    if finding.error:
+        print(f"sm_{unit.arch} {finding.error}")
+    for row in finding.rows.values():
+        cells = [f"sm_{unit.arch}", row["kernel"], "x".join(map(str, row["grid"]))]
+        cells += [row[name] for name in ("warps", "registers", "spills", "stack", "shared")]
+        cells += [f"{row['blocks']} {row['occupancy']:.0%}", row["limiter"][:15], row["instructions"]]
+        cells += [sum(row["matrix"].values()), f"{row['bound_us']:.2f}", row["bound_by"], row["sha256"][:12]]
+        print(form.format(*cells), flush=True)
 
 
 def _result_path() -> Path:

@@ -67,7 +67,7 @@ def test_an_unknown_operator_is_refused_by_name():
 
 ROW = {
     "kernel": "_kernel", "registers": 100, "instructions": 1000, "spills": 0, "atomics": {}, "shared": 0,
-    "shared_limit": 1, "scalar_dots": [],
+    "shared_limit": 1, "scalar_dots": [], "sha256": "0",
 }  # fmt: skip
 KEY = "op/case/sm_90/_kernel"
 
@@ -75,6 +75,14 @@ KEY = "op/case/sm_90/_kernel"
 def _violations(row, committed=None, allowed=None) -> list[str]:
     finding = Finding(Unit("module", "op", "case", 90), {KEY: ROW | row}, None)
     return list(violations([finding], {KEY: committed} if committed else {}, allowed or {}))
+
+
+def test_the_same_code_in_two_cases_is_refused_once():
+    findings = [
+        Finding(Unit("module", "op", case, 90), {f"op/{case}/sm_90/_kernel": ROW | {"spills": 1}}, None)
+        for case in ("first", "second")
+    ]
+    assert [problem.partition(":")[0] for problem in violations(findings, {}, {})] == ["op/first/sm_90/_kernel"]
 
 
 @pytest.mark.parametrize("quantity", ["registers", "instructions"])
