@@ -13,7 +13,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 from train.checkpoint import CheckpointError
 from train.compare import compare_runs
 from train.config import Recipe, load_recipe
-from train.data import load_scenes
+from train.data import load_order_ids, load_scenes
 from train.determinism import EnvironmentRefused, enter
 from train.evaluate import SET_TITLES, evaluate_command
 from train.loop import RunDiverged, RunStopped, run
@@ -145,6 +145,8 @@ def _predict(options: argparse.Namespace, _rest: list[str]) -> int:
         machine=machine,
         batch=options.batch,
         postprocess=loaded.postprocess,
+        # a row that cannot be read is answered too
+        order_ids=load_order_ids(options.data),
     )
     return 0
 
