@@ -88,6 +88,7 @@ class Recipe:
     precision: of matrix products; "auto" is bf16 on a GPU and fp32 on a CPU.
     impl: of the operators; "auto" is triton on a GPU and eager on a CPU.
     log_every, checkpoint_every, keep_every: in steps; keep_every > 0 keeps a checkpoint step<NNNNNN>.pt so often.
+    trace_every: in steps; so often trace.jsonl holds a digest of weights and optimizer, beside the values of each step.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Recipe:
     log_every: int = 50
     checkpoint_every: int = 1000
     keep_every: int = 0
+    trace_every: int = 50
     model: PerceiverConfig = field(default_factory=PerceiverConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -113,7 +115,15 @@ class Recipe:
         ends = [0, *(stage.until for stage in self.stages)]
         if any(a >= b for a, b in itertools.pairwise(ends)):
             raise ValueError(f"stages must end one after the other, their `until` are {ends[1:]}")
-        for name, least in (("threads", 1), ("log_every", 1), ("checkpoint_every", 1), ("keep_every", 0), ("seed", 0)):
+        least_values = {
+            "threads": 1,
+            "log_every": 1,
+            "checkpoint_every": 1,
+            "keep_every": 0,
+            "trace_every": 1,
+            "seed": 0,
+        }
+        for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
