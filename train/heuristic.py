@@ -1,14 +1,12 @@
 """A yardstick without learning: clusters of corner labels as vertices, joined where edge labels lie between them.
 
-vertices  means of the clusters of points of classes 0 to 2, linked by distances <= LINK_RADIUS_M
-edges     pairs of vertices with edge points (classes 3 to 9) within TUBE_RADIUS_M of the segment in more than
-          MIN_COVER of its bins of about 1 m
+vertices  means of the clusters of points of classes 0 to 2, linked by distances <= LINK_RADIUS_M, that hold at least
+          MIN_CLUSTER_SHARE of these points
+edges     pairs of vertices with points of classes 3 to 9 within TUBE_RADIUS_M of the segment in more than MIN_COVER
+          of its bins; a segment has one bin per started BIN_M
 """
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 
 from perceiver.scene import Scene
 from perceiver.wireframe import CORNER_CLASSES, Wireframe, fallback_wireframe
@@ -40,7 +38,11 @@ def label_clusters(scene: Scene) -> Wireframe:
 
 
 def _cluster_means(points_N3: np.ndarray) -> np.ndarray:
-    """Means of single-linkage clusters."""
+    """Means of the single-linkage clusters that are large enough."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    from scipy.spatial import cKDTree
+
     if not len(points_N3):
         return np.zeros((0, 3))
     pairs = cKDTree(points_N3).query_pairs(LINK_RADIUS_M, output_type="ndarray")
@@ -63,14 +65,11 @@ def _covered_pairs(vertices_V3: np.ndarray, points_N3: np.ndarray) -> np.ndarray
 
 def _cover(start: np.ndarray, end: np.ndarray, points_N3: np.ndarray) -> float:
     """Share of the bins along a segment that hold a point of the tube around it."""
-    along = end - start
+    along, offset_N3 = end - start, points_N3 - start
     length = float(np.sqrt((along * along).sum()))
-    if length == 0:
-        return 0.0
-    offset_N3 = points_N3 - start
-    position_N = offset_N3 @ (along / length)
+    position_N = (offset_N3 * (along / length)).sum(1)
     distance_sq_N = (offset_N3 * offset_N3).sum(1) - position_N**2
     near = (position_N >= 0) & (position_N <= length) & (distance_sq_N <= TUBE_RADIUS_M**2)
-    bins = max(int(np.ceil(length / BIN_M)), 1)
+    bins = int(np.ceil(length / BIN_M))
     hit = np.unique(np.minimum((position_N[near] * bins / length).astype(np.int64), bins - 1))
     return len(hit) / bins

@@ -8,54 +8,17 @@ formula (`_end`) and one side formula (`_add_slope`):
         g = 1, r = 0 gable;  g = 0 hip;  between: half-hip.  Repeated points of a loop fall together.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from train.draws import Draws
 from train.roof_shapes import FLASHING, STEP_FLASHING, VALLEY, Point, Roof, RoofBuilder
 
 MIN_GAP_M = 0.65
 MAX_EDGES = 40
 _CLEAR_M = 0.7
-
-
-class Draws:
-    """Numbers of one stream of Philox-4x64: the 64-bit words of key `seed` at counter (block, purpose, index, 0).
-
-    Determinism: numpy guarantees the words of a bit generator, not the methods of `Generator`; only words are used.
-    """
-
-    def __init__(self, seed: int, index: int, purpose: int):
-        self._bits = np.random.Philox(key=seed, counter=[0, purpose, index, 0])
-        self._scalars: list[float] = []
-
-    def words(self, *shape: int) -> np.ndarray:
-        return self._bits.random_raw(math.prod(shape)).reshape(shape)
-
-    def between(self, low: float, high: float) -> float:
-        if not self._scalars:
-            self._scalars = unit(self.words(64)).tolist()
-        return low + (high - low) * self._scalars.pop()
-
-    def chance(self, probability: float) -> bool:
-        return self.between(0.0, 1.0) < probability
-
-    def pick(self, options: Sequence):
-        return options[int(self.between(0.0, len(options)))]
-
-
-def unit(words: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1) with 53 random bits, of the same shape as the words."""
-    return (words >> np.uint64(11)) * 2.0**-53
-
-
-def bell(words: np.ndarray) -> np.ndarray:
-    """Numbers of mean 0, variance 1 and |x| < 3.47: the sum of the four 16-bit lanes of a word (no libm)."""
-    low, high = words & np.uint64(0x0000FFFF0000FFFF), (words >> np.uint64(16)) & np.uint64(0x0000FFFF0000FFFF)
-    pair = low + high
-    return ((pair & np.uint64(0xFFFFFFFF)) + (pair >> np.uint64(32))).astype(np.float64) / 37837.0 - 131070 / 37837.0
 
 
 class _End(NamedTuple):
@@ -239,7 +202,9 @@ def _draw_body(d: Draws, left: Callable | None = None, right: Callable | None = 
     half = d.between(1.25, 2.0) if steep else d.between(1.5, 2.4)
     rise = half * (d.between(0.75, 1.2) if steep else d.between(0.55, 1.0))
     ends = [(end or _draw_end)(d, half) for end in (left, right)]
-    return _Body(sum(end.run for end in ends) + (d.between(3.0, 5.6) if steep else d.between(3.2, 6.0)), half, rise, *ends)
+    return _Body(
+        sum(end.run for end in ends) + (d.between(3.0, 5.6) if steep else d.between(3.2, 6.0)), half, rise, *ends
+    )
 
 
 def _margin(body: _Body, end: _End, height: float) -> float:

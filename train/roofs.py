@@ -4,8 +4,8 @@
 points from purpose 1. The truth, its centre and its scale do not depend on the number of points. World coordinates
 are multiples of 1/1024 m, so that the last bits of a sine do not matter: scene i of seed s is the same everywhere.
 
-`easy` has labels without errors and houses that all look along the street; `real` has any yaw, parts nobody saw,
-and labels that are displaced, missing, invented and confused.
+`easy` has labels without errors and houses that stand along the axes; `real` has any yaw, half of the house hardly
+seen, and labels that are displaced, missing, invented and confused.
 """
 
 import math
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from perceiver.scene import Scene
+from train.draws import Draws, bell, unit
 from train.roof_shapes import (
     APEX,
     EAVE,
@@ -29,7 +30,7 @@ from train.roof_shapes import (
     Roof,
     cross,
 )
-from train.roof_types import Draws, bell, draw_roof, unit
+from train.roof_types import draw_roof
 
 _GRID_M = 1 / 1024
 _ROOF_FACE, _OTHER_HOUSE, _NON_HOUSE = 10, 11, 12
@@ -55,7 +56,8 @@ class _Setting:
         shares: shares of points on vertices, edges, faces, walls and clutter.
         blob_m: deviation of points with a corner label from the place of the label.
         noise_m: deviation of points of COLMAP and of depth from their surface.
-        back_density, falloff: points are rarer at the back by back_density ** falloff.
+        back_density, falloff, contrast: points are rarer at the back by back_density ** falloff; the larger the
+            contrast, the more sudden.
         trees: number of spheres of 1 m around vertices that are hardly seen.
         short: share of scenes with fewer points than rows.
         shift_m: deviation of the label of a corner or an edge from its place, the same for all its points.
@@ -229,42 +231,47 @@ def _corner_labels(d: Draws, roof: Roof, s: _Setting) -> tuple[np.ndarray, np.nd
     return places_N3 + s.shift_m * bell(d.words(*places_N3.shape)), class_N.astype(np.int64)
 
 
+def _edge_pieces(d: Draws, roof: Roof, s: _Setting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Origins, arms and point classes of the pieces of edges: displaced, some without a label of their own."""
+    start_E3, end_E3 = roof.vertices_V3[roof.edges_E2[:, 0]], roof.vertices_V3[roof.edges_E2[:, 1]]
+    arm_E3, start_E3 = (end_E3 - start_E3) / _PIECES, start_E3 + s.shift_m * bell(d.words(*start_E3.shape))
+    class_E = np.where(unit(d.words(len(arm_E3))) < s.missed, _ROOF_FACE, _POINT_CLASS[roof.edge_class_E])
+    origins = np.concatenate([start_E3 + i * arm_E3 for i in range(_PIECES)])
+    return origins, np.concatenate([arm_E3] * _PIECES), np.tile(class_E, _PIECES)
+
+
+def _wall_triangles(roof: Roof, ground: float) -> np.ndarray:
+    """Corners of two triangles under each edge that has a wall."""
+    top = roof.vertices_V3[roof.edges_E2[roof.wall_E]]
+    base = top.copy()
+    base[:, :, 1] = ground
+    a, b, under_a, under_b = top[:, 0], top[:, 1], base[:, 0], base[:, 1]
+    return np.concatenate([np.stack([a, b, under_b], axis=1), np.stack([a, under_b, under_a], axis=1)])
+
+
 def _patches(d: Draws, roof: Roof, s: _Setting) -> _Patches:
-    """Lay patches over vertices, edges, faces, walls and clutter, weighted by size, share and view."""
-    vertices_V3, (corners_N3, corner_class_N) = roof.vertices_V3, _corner_labels(d, roof, s)
-    a, b = vertices_V3[roof.edges_E2[:, 0]], vertices_V3[roof.edges_E2[:, 1]]
-    arm, shift = (b - a) / _PIECES, s.shift_m * bell(d.words(*a.shape))
-    pieces = np.concatenate([a + shift + i * arm for i in range(_PIECES)])
-    edge_class_E = np.where(unit(d.words(len(a))) < s.missed, _ROOF_FACE, _POINT_CLASS[roof.edge_class_E])
-    arms = np.concatenate([arm] * _PIECES)
-    ground = vertices_V3[:, 1].min() - d.between(2.4, 3.2)
-    top_a, top_b = a[roof.wall_E], b[roof.wall_E]
-    base_a, base_b = (np.stack([p[:, 0], np.full(len(p), ground), p[:, 2]], axis=1) for p in (top_a, top_b))
-    walls = np.concatenate([np.stack([top_a, top_b, base_b], 1), np.stack([top_a, base_b, base_a], 1)])
-    low, high = vertices_V3.min(0) - 1.5, vertices_V3.max(0) + 1.5
-    low[1] = ground
+    """Lay patches over corners, edges, faces, walls and clutter, weighted by size, share and view."""
+    corners, corner_class = _corner_labels(d, roof, s)
+    pieces, arms, piece_class = _edge_pieces(d, roof, s)
+    low, high = roof.vertices_V3.min(0) - 1.5, roof.vertices_V3.max(0) + 1.5
+    low[1] = ground = roof.vertices_V3[:, 1].min() - d.between(2.4, 3.2)
     clumps = low + unit(d.words(_CLUMPS, 3)) * (high - low)
 
     sheets = (
-        (corners_N3, np.zeros_like(corners_N3), np.zeros_like(corners_N3)),
+        (corners, np.zeros_like(corners), np.zeros_like(corners)),
         (pieces, arms, np.zeros_like(arms)),
-        _split_triangles(vertices_V3[roof.triangles_K3]),
-        _split_triangles(walls),
+        _split_triangles(roof.vertices_V3[roof.triangles_K3]),
+        _split_triangles(_wall_triangles(roof, ground)),
         (clumps, np.zeros_like(clumps), np.zeros_like(clumps)),
     )
-    sizes = [len(sheet[0]) for sheet in sheets]
-    origin_K3, first_K3, second_K3 = (np.concatenate([sheet[i] for sheet in sheets]) for i in range(3))
+    origin_K3, first_K3, second_K3 = (np.concatenate(parts) for parts in zip(*sheets, strict=True))
+    sizes = [len(origins) for origins, _, _ in sheets]
     sheet_K = np.repeat(np.arange(5), sizes)
-    class_K = np.concatenate(
-        [
-            corner_class_N,
-            np.tile(edge_class_E, _PIECES),
-            np.repeat([_ROOF_FACE, _OTHER_HOUSE, _NON_HOUSE], sizes[2:]),
-        ]
-    )
+    other_class = np.repeat([_ROOF_FACE, _OTHER_HOUSE, _NON_HOUSE], sizes[2:])
+    class_K = np.concatenate([corner_class, piece_class, other_class])
+
     across_K3 = cross(first_K3, second_K3)
-    size_K = np.where(sheet_K == 1, (first_K3 * first_K3).sum(1), (across_K3 * across_K3).sum(1))
-    size_K = np.sqrt(size_K)
+    size_K = np.sqrt(np.where(sheet_K == 1, (first_K3 * first_K3).sum(1), (across_K3 * across_K3).sum(1)))
     size_K[(sheet_K == 0) | (sheet_K == 4)] = 1.0
     weight_K = size_K * _seen(d, roof, s)(origin_K3 + (first_K3 + second_K3) / 3)
     weight_K *= (np.array(s.shares) / np.bincount(sheet_K, weights=weight_K, minlength=5))[sheet_K]
@@ -284,7 +291,7 @@ def _labels(d: Draws, class_K: np.ndarray) -> np.ndarray:
     other_K, occluder_K = (
         ids[(unit(d.words(len(class_K))) * len(ids)).astype(np.int64)] for ids in (_HOUSE_IDS, _OCCLUDER_IDS)
     )
-    behind_K = np.where(class_K == _OTHER_HOUSE, other_K, _GESTALT_ID[class_K])
+    behind_K = np.where(class_K >= _OTHER_HOUSE, other_K, _GESTALT_ID[class_K])
     occluded_K = class_K == _NON_HOUSE
     return np.stack([class_K, 1 + occluded_K, np.where(occluded_K, occluder_K, behind_K), behind_K], axis=1)
 
@@ -316,17 +323,16 @@ def _robust_box(d: Draws, patches: _Patches) -> tuple[np.ndarray, float]:
 def _observe(d: Draws, patches: _Patches, points: int, s: _Setting, center: np.ndarray, scale: float) -> dict:
     """Draw the points of a scene with labels, votes and sources, as fields of `Scene`."""
     valid = points if not d.chance(s.short) else int(points * d.between(0.6, 1.0))
-    words = d.words(9, valid)
+    words = d.words(8, valid)
     patch_N = patches.choose(words[0], patches.weight_K)
     source_N = (np.arange(valid) % 4 == 3).astype(np.uint8)
     spread_N = patches.spread_K[patch_N] + np.array(s.noise_m)[source_N]
     xyz_N3 = patches.places(patch_N, words[1]) + spread_N[:, None] * bell(words[2:5]).T
     xyz_N3 = np.round(xyz_N3 / _GRID_M) * _GRID_M
-    labelled_N = np.where(unit(words[8]) < s.confused, patch_N[::-1], patch_N)
+    labelled_N = np.where(unit(words[5]) < s.confused, patch_N[::-1], patch_N)
     class_N, visible_src_N, visible_id_N, behind_N = patches.label_K4[labelled_N].T
 
-    views_N = 1 + (unit(words[5]) * unit(words[6]) * 7.8).astype(np.uint8)
-    agree_N = 1 + (unit(words[7]) * views_N).astype(np.uint8)
+    views_N = 1 + sum(((words[6] >> np.uint64(16 * lane)) & np.uint64(0xFFFF)) < 0.425 * 2**16 for lane in range(4))
     order = np.argsort((source_N * 8 + _TIER[class_N]).astype(np.uint8), kind="stable")
     order = np.append(order, np.full(points - valid, order[-1]))
     return {
@@ -337,6 +343,6 @@ def _observe(d: Draws, patches: _Patches, points: int, s: _Setting, center: np.n
         "visible_src": visible_src_N.astype(np.uint8)[order],
         "visible_id": visible_id_N.astype(np.int16)[order],
         "behind": behind_N.astype(np.int16)[order],
-        "n_views_voted": views_N[order],
-        "vote_frac": (agree_N / views_N).astype(np.float32)[order],
+        "n_views_voted": views_N.astype(np.uint8)[order],
+        "vote_frac": np.clip(0.5 + 0.25 * bell(words[7]), 0.05, 1.0).astype(np.float32)[order],
     }
