@@ -157,7 +157,7 @@ def sinkhorn_forward(
     path: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return plan, row slack, column slack, (u, v) of every iteration [B, T, N+1 + M+1] and who scales [B]."""
+    """Return plan, row slack, column slack, (u, v) from the start on [B, N+1 + M+1, T+1] and who scales [B]."""
     if impl == "triton":
         return sinkhorn_small.sinkhorn_small_forward(
             cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack, path
@@ -234,7 +234,7 @@ def _(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack, path, imp
         cost.new_empty(B, N, M),
         cost.new_empty(B, N),
         cost.new_empty(B, M),
-        cost.new_empty(B, iterations, N + M + 2, dtype=_inner(cost.dtype)),
+        cost.new_empty(B, N + M + 2, iterations + 1, dtype=_inner(cost.dtype)),
         cost.new_empty(B, dtype=torch.bool),
     )
 

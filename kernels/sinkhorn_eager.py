@@ -23,7 +23,7 @@ MASS_RANGE = 12.0  # nats below 1 that a mass may have on top of that
 def solve(
     Z: Tensor, log_a: Tensor, log_b: Tensor, iterations: int, shift: Tensor | None, path: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the plan, (u, v) of every iteration [B, T, N+1 + M+1], and which items took the scaling path [B].
+    """Return the plan, (u, v) from the start on [B, N+1 + M+1, T+1], and which items took the scaling path [B].
 
     Args:
         shift: -dustbin / eps where every bin has mass, else None.
@@ -57,24 +57,24 @@ def reverse(
 def _solve_scaling(Z, log_a, log_b, iterations, shift):
     K, v = _absorb(Z, log_a, log_b, shift)
     a, b = log_a.exp(), log_b.exp()
-    history = []
+    history = [torch.cat([torch.zeros_like(a), v], 1)]
     for _ in range(iterations):
         u = torch.where(a == 0, 0, a / (K * v[:, None]).sum(2))
         v = torch.where(b == 0, 0, b / (K * u[:, :, None]).sum(1))
         history.append(torch.cat([u, v], 1))
-    return K * u[:, :, None] * v[:, None], torch.stack(history, 1)
+    return K * u[:, :, None] * v[:, None], torch.stack(history, 2)
 
 
 def _reverse_scaling(G, Z, log_a, log_b, shift, history):
-    K, v0 = _absorb(Z, log_a, log_b, shift)
+    K, _ = _absorb(Z, log_a, log_b, shift)
     a, b = log_a.exp(), log_b.exp()
-    U, V = history.split([a.shape[1], b.shape[1]], 2)
-    u, v = U[:, -1], V[:, -1]
+    U, V = _unstack(history, a.shape[1])
+    u, v = U[-1], V[-1]
     S = G * u[:, :, None] * v[:, None]
     grad_u, grad_v = (G * K * v[:, None]).sum(2), (G * K * u[:, :, None]).sum(1)
     grad_log_a, grad_log_b = torch.zeros_like(a), torch.zeros_like(b)
-    for t in reversed(range(history.shape[1])):
-        u, v, w = U[:, t], V[:, t], V[:, t - 1] if t else v0
+    for t in reversed(range(1, len(U))):
+        u, v, w = U[t], V[t], V[t - 1]
         grad_log_b += grad_v * v
         # v / b before the second v: v squared overflows first
         q = -(grad_v * v) * _ratio(v, b)
@@ -90,31 +90,32 @@ def _reverse_scaling(G, Z, log_a, log_b, shift, history):
 def _solve_log(Z, log_a, log_b, iterations):
     row, col = log_a != -math.inf, log_b != -math.inf
     Z = Z.masked_fill(~(row[:, :, None] & col[:, None]), -math.inf)
-    v, history = torch.zeros_like(log_b), []
+    v = torch.zeros_like(log_b)
+    history = [torch.cat([torch.zeros_like(log_a), v], 1)]
     for _ in range(iterations):
         u = torch.where(row, log_a - torch.logsumexp(Z + v[:, None], 2), 0)
         v = torch.where(col, log_b - torch.logsumexp(Z + u[:, :, None], 1), 0)
         history.append(torch.cat([u, v], 1))
-    return torch.exp(Z + u[:, :, None] + v[:, None]), torch.stack(history, 1)
+    return torch.exp(Z + u[:, :, None] + v[:, None]), torch.stack(history, 2)
 
 
 def _reverse_log(G, Z, log_a, log_b, shift, history):
     row, col = log_a != -math.inf, log_b != -math.inf
     Z = Z.masked_fill(~(row[:, :, None] & col[:, None]), -math.inf)
-    U, V = history.split([log_a.shape[1], log_b.shape[1]], 2)
-    grad_Z = G * torch.exp(Z + U[:, -1, :, None] + V[:, -1, None])
+    U, V = _unstack(history, log_a.shape[1])
+    grad_Z = G * torch.exp(Z + U[-1][:, :, None] + V[-1][:, None])
     alpha, beta = grad_Z.sum(2), grad_Z.sum(1)
     grad_log_a, grad_log_b = torch.zeros_like(log_a), torch.zeros_like(log_b)
-    for t in reversed(range(history.shape[1])):
-        Zu = Z + U[:, t, :, None]
+    for t in reversed(range(1, len(U))):
+        Zu = Z + U[t][:, :, None]
         grad_log_b += beta
-        E = torch.exp(Zu + V[:, t, None])
+        E = torch.exp(Zu + V[t][:, None])
         # the sum itself, not the mass it should be: that error would grow with every iteration
         Q = E * _ratio(beta, E.sum(1))[:, None]
         grad_Z -= Q
         alpha = alpha - Q.sum(2)
         grad_log_a += alpha
-        E = torch.exp(Zu + V[:, t - 1, None]) if t else torch.exp(Zu)
+        E = torch.exp(Zu + V[t - 1][:, None])
         Q = E * _ratio(alpha, E.sum(2))[:, :, None]
         grad_Z -= Q
         alpha, beta = 0, -Q.sum(1)
@@ -139,9 +140,15 @@ def _legal(Z, log_a, log_b, history, shift):
         valid = (log_a != -math.inf)[:, :, None] & (log_b != -math.inf)[:, None]
         inside = (Z - shift).masked_fill(~valid, -math.inf).amax((1, 2)) <= RANGE
     else:
-        u, v = history.split([log_a.shape[1], log_b.shape[1]], 2)
+        u, v = history.split([log_a.shape[1], log_b.shape[1]], 1)
         inside = u.amax((1, 2)) * v.amax((1, 2)) <= math.exp(RANGE)
     return inside & (least >= -MASS_RANGE)
+
+
+def _unstack(history, rows):
+    """Return u [T+1, B, N+1] and v [T+1, B, M+1]."""
+    steps = history.permute(2, 0, 1)
+    return steps[..., :rows].contiguous(), steps[..., rows:].contiguous()
 
 
 def _least(log_mass):

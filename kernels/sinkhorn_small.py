@@ -23,9 +23,16 @@ from kernels.sinkhorn_tile import (
 )
 
 MAX_TILE = 128
-# (rows, columns) of the tile -> warps of the forward, warps of the backward
-WARPS = {(64, 64): (4, 4), (64, 128): (4, 8), (128, 64): (4, 8), (128, 128): (8, 16)}
+# (rows, columns) of the tile -> (N0, M0, warps) of the forward and of the backward kernel
+LAUNCH = {
+    (64, 64): ((16, 8, 4), (16, 16, 8)),
+    (64, 128): ((16, 16, 8), (16, 16, 8)),
+    (128, 64): ((16, 16, 8), (16, 16, 8)),
+    (128, 128): ((16, 16, 8), (32, 16, 16)),
+}
 PATHS = {"auto": AUTO.value, "log": LOG.value, "scaling": SCALING.value}
+# strides and sizes, were they specialised on, would choose the layout and with it the order of the sums
+UNSPECIALIZED = ["N", "M", "iterations", *(f"{name}_{axis}" for name in ("cost", "grad") for axis in "bnm")]
 
 
 def sinkhorn_small_forward(
@@ -40,17 +47,14 @@ def sinkhorn_small_forward(
     slack: str,
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return plan, row slack, column slack, (u, v) of every iteration [B, T, N+1 + M+1] and who scales [B]."""
+    """Return plan, row slack, column slack, (u, v) from the start on [B, N+1 + M+1, T+1] and who scales [B]."""
     B, N, M = cost.shape
     plan, row_slack, col_slack = cost.new_empty(B, N, M), cost.new_empty(B, N), cost.new_empty(B, M)
-    history = cost.new_empty(B, iterations, N + M + 2, dtype=torch.float32)
+    history = cost.new_empty(B, N + M + 2, iterations + 1, dtype=torch.float32)
     scales = cost.new_empty(B, dtype=torch.bool)
     if B:
-        problem, settings = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack)
-        _sinkhorn_fwd_kernel[(B,)](
-            *problem, plan, row_slack, col_slack, history, scales,
-            **settings, PATH=PATHS[path], num_warps=WARPS[_tile(N, M)][0],
-        )  # fmt: skip
+        problem, settings = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack, 0)
+        _sinkhorn_fwd_kernel[(B,)](*problem, plan, row_slack, col_slack, history, scales, PATH=PATHS[path], **settings)
     return plan, row_slack, col_slack, history, scales
 
 
@@ -74,37 +78,36 @@ def sinkhorn_small_backward(
     grad_cost = cost.new_empty(B, N, M)
     grad_dustbin, grad_a, grad_b = (cost.new_empty(shape, dtype=torch.float32) for shape in ((B,), (B, N), (B, M)))
     if B:
-        upstream = [grad.contiguous() for grad in (grad_plan, grad_row_slack, grad_col_slack)]
-        problem, settings = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, history.shape[1], slack)
+        problem, settings = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, history.shape[2] - 1, slack, 1)
         _sinkhorn_bwd_kernel[(B,)](
-            *upstream, *problem, history, scales, grad_cost, grad_dustbin, grad_a, grad_b,
-            **settings, num_warps=WARPS[_tile(N, M)][1],
+            *problem, grad_plan, *grad_plan.stride(), grad_row_slack.contiguous(), grad_col_slack.contiguous(),
+            history, scales, grad_cost, grad_dustbin, grad_a, grad_b, **settings,
         )  # fmt: skip
     return grad_cost, grad_dustbin, grad_a, grad_b
 
 
-def _tile(N: int, M: int) -> tuple[int, int]:
-    return 64 if N <= 64 else 128, 64 if M <= 64 else 128
-
-
-def _problem(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack):
-    """Return the arguments that say what is to be solved, and the compile-time ones."""
+def _problem(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack, direction):
+    """Return the arguments that say what is to be solved, and the compile-time ones of one direction."""
     N, M = cost.shape[1:]
-    cost = cost.contiguous()
-    log_a, log_b = (None if w is None else w.contiguous() for w in (log_a, log_b))
-    problem = (cost, rows, cols, dustbin, log_a, log_b, N, M, iterations, -1.0 / eps)
-    block_n, block_m = _tile(N, M)
-    return problem, {"MINIMAL": slack == "minimal", "BLOCK_N": block_n, "BLOCK_M": block_m, "N0": 16, "M0": 8}
+    vectors = (None if x is None else x.contiguous() for x in (rows, cols, log_a, log_b))
+    problem = (cost, *cost.stride(), *vectors, dustbin, N, M, iterations, -1.0 / eps)
+    tile = (64 if N <= 64 else MAX_TILE, 64 if M <= 64 else MAX_TILE)
+    N0, M0, warps = LAUNCH[tile][direction]
+    sizes = {"BLOCK_N": tile[0], "BLOCK_M": tile[1], "N0": N0, "M0": M0}
+    return problem, {"MINIMAL": slack == "minimal", **sizes, "num_warps": warps}
 
 
-@triton.jit(do_not_specialize=["N", "M", "iterations"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _sinkhorn_fwd_kernel(
     cost_ptr,
+    cost_b,
+    cost_n,
+    cost_m,
     rows_ptr,
     cols_ptr,
-    dustbin_ptr,
     log_a_ptr,
     log_b_ptr,
+    dustbin_ptr,
     N,
     M,
     iterations,
@@ -114,57 +117,48 @@ def _sinkhorn_fwd_kernel(
     col_slack_ptr,
     history_ptr,
     scales_ptr,
-    MINIMAL: tl.constexpr,
     PATH: tl.constexpr,
+    MINIMAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     N0: tl.constexpr,
     M0: tl.constexpr,
 ):
     item = tl.program_id(0).to(tl.int64)
-    offs_n, offs_m = row_offsets(BLOCK_N, N0), col_offsets(BLOCK_M, M0)
+    row, col = row_offsets(BLOCK_N, N0), col_offsets(BLOCK_M, M0)
+    masses, factor = _masses(item, rows_ptr, cols_ptr, log_a_ptr, log_b_ptr, dustbin_ptr, row, col, N, M, MINIMAL)
+    Z, z = _exponents(item, cost_ptr, cost_b, cost_n, cost_m, dustbin_ptr, neg_inv_eps, row, col, masses)
     SHIFT: tl.constexpr = dustbin_ptr is not None and not MINIMAL
-    Z, z, masses, factor = _load_problem(
-        item,
-        (N, M),
-        cost_ptr,
-        rows_ptr,
-        cols_ptr,
-        dustbin_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        neg_inv_eps,
-        MINIMAL,
-        BLOCK_N,
-        BLOCK_M,
-        N0,
-        M0,
-    )
-    history = (history_ptr + item * iterations * (N + M + 2), N, M, iterations)
+    history = (history_ptr + item * (N + M + 2) * (iterations + 1), N, M, iterations)
     P, r, c, scales = solve_tile(Z, z, masses, history, SHIFT, PATH, SAVE=True)
-    mask_n, mask_m = offs_n < N, offs_m < M
     # plan = factor P
-    tl.store(plan_ptr + (item * N + offs_n) * M + offs_m, factor * P, mask_n & mask_m)
-    tl.store(row_slack_ptr + item * N + offs_n, factor * r, mask_n)
-    tl.store(col_slack_ptr + item * M + offs_m, factor * c, mask_m)
+    tl.store(plan_ptr + (item * N + row) * M + col, factor * P, (row < N) & (col < M))
+    tl.store(row_slack_ptr + item * N + row, factor * r, row < N)
+    tl.store(col_slack_ptr + item * M + col, factor * c, col < M)
     tl.store(scales_ptr + item, scales == 1)
 
 
-@triton.jit(do_not_specialize=["N", "M", "iterations"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _sinkhorn_bwd_kernel(
-    grad_plan_ptr,
-    grad_row_slack_ptr,
-    grad_col_slack_ptr,
     cost_ptr,
+    cost_b,
+    cost_n,
+    cost_m,
     rows_ptr,
     cols_ptr,
-    dustbin_ptr,
     log_a_ptr,
     log_b_ptr,
+    dustbin_ptr,
     N,
     M,
     iterations,
     neg_inv_eps,
+    grad_ptr,
+    grad_b,
+    grad_n,
+    grad_m,
+    grad_row_slack_ptr,
+    grad_col_slack_ptr,
     history_ptr,
     scales_ptr,
     grad_cost_ptr,
@@ -178,78 +172,69 @@ def _sinkhorn_bwd_kernel(
     M0: tl.constexpr,
 ):
     item = tl.program_id(0).to(tl.int64)
-    offs_n, offs_m = row_offsets(BLOCK_N, N0), col_offsets(BLOCK_M, M0)
-    SHIFT: tl.constexpr = dustbin_ptr is not None and not MINIMAL
-    Z, z, masses, factor = _load_problem(
-        item,
-        (N, M),
-        cost_ptr,
-        rows_ptr,
-        cols_ptr,
-        dustbin_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        neg_inv_eps,
-        MINIMAL,
-        BLOCK_N,
-        BLOCK_M,
-        N0,
-        M0,
-    )
+    row, col = row_offsets(BLOCK_N, N0), col_offsets(BLOCK_M, M0)
+    masses, factor = _masses(item, rows_ptr, cols_ptr, log_a_ptr, log_b_ptr, dustbin_ptr, row, col, N, M, MINIMAL)
     log_a, log_a_bin, log_b, log_b_bin = masses
-    row, col = log_a != -INF, log_b != -INF
-    # the factor of the plan belongs to the upstream gradients
-    offs = (item * N + offs_n) * M + offs_m
-    G = factor * tl.load(grad_plan_ptr + offs, mask=row & col, other=0.0).to(tl.float32)
-    Gr = factor * tl.load(grad_row_slack_ptr + item * N + offs_n, mask=row, other=0.0).to(tl.float32)
-    Gc = factor * tl.load(grad_col_slack_ptr + item * M + offs_m, mask=col, other=0.0).to(tl.float32)
+    Z, z = _exponents(item, cost_ptr, cost_b, cost_n, cost_m, dustbin_ptr, neg_inv_eps, row, col, masses)
+    # the factor of the plan goes into the upstream gradients
+    G = factor * _load_tile(grad_ptr, item, grad_b, grad_n, grad_m, row, col, masses)
+    Gr = factor * tl.load(grad_row_slack_ptr + item * N + row, mask=log_a != -INF, other=0.0).to(tl.float32)
+    Gc = factor * tl.load(grad_col_slack_ptr + item * M + col, mask=log_b != -INF, other=0.0).to(tl.float32)
+    SHIFT: tl.constexpr = dustbin_ptr is not None and not MINIMAL
+    history = (history_ptr + item * (N + M + 2) * (iterations + 1), N, M, iterations)
     scales = tl.load(scales_ptr + item).to(tl.int32)
-    history = (history_ptr + item * iterations * (N + M + 2), N, M, iterations)
     dZ, dz, da, da_bin, db, db_bin = reverse_tile(G, Gr, Gc, Z, z, masses, history, scales, SHIFT)
-    mask_n, mask_m = offs_n < N, offs_m < M
-    tl.store(grad_cost_ptr + offs, neg_inv_eps * dZ, mask_n & mask_m)
+    tl.store(grad_cost_ptr + (item * N + row) * M + col, neg_inv_eps * dZ, (row < N) & (col < M))
     tl.store(grad_dustbin_ptr + item + tl.zeros([1, 1, 1, 1], tl.int32), neg_inv_eps * dz)
-    # with weights, a_bin = sum b and b_bin = sum a
-    if dustbin_ptr is not None:
-        da += db_bin * tl.where(row, tl.exp(log_a - log_b_bin), 0.0)
-        db += da_bin * tl.where(col, tl.exp(log_b - log_a_bin), 0.0)
-    tl.store(grad_log_a_ptr + item * N + offs_n, da, mask_n)
-    tl.store(grad_log_b_ptr + item * M + offs_m, db, mask_m)
+    if log_a_ptr is not None or log_b_ptr is not None:
+        if dustbin_ptr is not None:
+            # a_bin = sum b, b_bin = sum a
+            da += db_bin * tl.where(log_a != -INF, tl.exp(log_a - log_b_bin), 0.0)
+            db += da_bin * tl.where(log_b != -INF, tl.exp(log_b - log_a_bin), 0.0)
+        tl.store(grad_log_a_ptr + item * N + row, da, row < N)
+        tl.store(grad_log_b_ptr + item * M + col, db, col < M)
 
 
 @triton.jit
-def _load_problem(
-    item, size, cost_ptr, rows_ptr, cols_ptr, dustbin_ptr, log_a_ptr, log_b_ptr, neg_inv_eps,
-    MINIMAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, N0: tl.constexpr, M0: tl.constexpr,
+def _masses(
+    item, rows_ptr, cols_ptr, log_a_ptr, log_b_ptr, dustbin_ptr, row, col, N, M, MINIMAL: tl.constexpr
 ):  # fmt: skip
-    """Return Z, z, the masses and the plan's factor."""
-    N, M = size
-    offs_n, offs_m = row_offsets(BLOCK_N, N0), col_offsets(BLOCK_M, M0)
+    """Return the masses and the plan's factor, from the counts or from the given log masses."""
     n, m = _count(rows_ptr, item, N), _count(cols_ptr, item, M)
-    HAS_BIN: tl.constexpr = dustbin_ptr is not None
     WEIGHTED: tl.constexpr = log_a_ptr is not None or log_b_ptr is not None
-    masses, factor = uniform_log_masses(n, m, offs_n, offs_m, HAS_BIN and not WEIGHTED, MINIMAL)
-    log_a, log_a_bin, log_b, log_b_bin = masses
+    HAS_BIN: tl.constexpr = dustbin_ptr is not None
+    masses, factor = uniform_log_masses(n, m, row, col, HAS_BIN and not WEIGHTED, MINIMAL)
     if WEIGHTED:
-        log_a = _log_weights(log_a_ptr, item, n, N, offs_n)
-        log_b = _log_weights(log_b_ptr, item, m, M, offs_m)
+        log_a, log_a_bin, log_b, log_b_bin = masses
+        log_a, log_b = _weights(log_a_ptr, item, n, N, row), _weights(log_b_ptr, item, m, M, col)
+        total_a, total_b = _log_total(log_a, 0), _log_total(log_b, 1)
         if HAS_BIN:
-            log_a_bin, log_b_bin = _log_total(log_b, 1), _log_total(log_a, 0)
+            log_a_bin, log_b_bin = total_b, total_a
         else:
-            both = (max_over(log_a, 0) != -INF) & (max_over(log_b, 1) != -INF)
-            log_a, log_b = tl.where(both, log_a, -INF), tl.where(both, log_b, -INF)
-    row, col = log_a != -INF, log_b != -INF
-    offs = (item * N + offs_n) * M + offs_m
-    cost = tl.load(cost_ptr + offs, mask=row & col, other=0.0).to(tl.float32)
+            # an item with an empty side has nowhere to send its mass
+            log_a, log_b = tl.where(total_b != -INF, log_a, -INF), tl.where(total_a != -INF, log_b, -INF)
+        masses = (log_a, log_a_bin, log_b, log_b_bin)
+    return masses, factor
+
+
+@triton.jit
+def _exponents(item, cost_ptr, cost_b, cost_n, cost_m, dustbin_ptr, neg_inv_eps, row, col, masses):
+    """Return Z = -cost / eps, 0 in the padding, and z = -dustbin / eps."""
     z = 0.0
-    if HAS_BIN:
+    if dustbin_ptr is not None:
         z = tl.load(dustbin_ptr).to(tl.float32) * neg_inv_eps
-    return cost * neg_inv_eps, z, (log_a, log_a_bin, log_b, log_b_bin), factor
+    return _load_tile(cost_ptr, item, cost_b, cost_n, cost_m, row, col, masses) * neg_inv_eps, z
+
+
+@triton.jit
+def _load_tile(pointer, item, stride_b, stride_n, stride_m, row, col, masses):
+    at = pointer + item * stride_b + row.to(tl.int64) * stride_n + col.to(tl.int64) * stride_m
+    return tl.load(at, mask=(masses[0] != -INF) & (masses[2] != -INF), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _count(count_ptr, item, size):
-    """Return how many rows or columns of an item count: all without counts, and never more than there are."""
+    """Return how many rows or columns count: all of them without counts, never more than there are."""
     if count_ptr is None:
         count = size
     else:
@@ -258,7 +243,7 @@ def _count(count_ptr, item, size):
 
 
 @triton.jit
-def _log_weights(weights_ptr, item, count, size, offs):
+def _weights(weights_ptr, item, count, size, offs):
     """Return the given log masses, or uniform ones that total 1."""
     if weights_ptr is None:
         log_mass = tl.where(offs < count, -tl.log(tl.maximum(count, 1).to(tl.float32)), -INF)

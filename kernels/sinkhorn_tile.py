@@ -12,7 +12,8 @@ is n1 or m1 inside a thread, then n0 or m0 between threads.
     Z          -cost / eps; anything in the padding
     z          -dustbin / eps, a scalar; 0 without a bin
     masses     (log_a, log_a_bin, log_b, log_b_bin); -inf is what takes no part: padding, a bin without mass
-    history    (pointer, N_out, M_out, T) of a buffer [T, N_out + 1 + M_out + 1]: u, u_bin, v, v_bin of every iteration
+    history    (pointer, N_out, M_out, T) of a buffer [N_out + 1 + M_out + 1, T + 1]: u, u_bin, v, v_bin at the start
+               (u is 0) and after every iteration
 
 Each item takes the scaling path where its own values allow that, else the log path; they give the same result:
 
@@ -126,20 +127,27 @@ def reverse_tile(G, Gr, Gc, Z, z, masses, history, scales, SHIFT: tl.constexpr):
 def _solve_scaling(bordered, z, masses, history, SHIFT: tl.constexpr, SAVE: tl.constexpr):
     K, kr, kc, kk, v, v_bin = _absorb(bordered, z, masses, SHIFT)
     a, a_bin, b, b_bin = _exp(masses)
+    # added to the totals of what has no mass, which are 0
+    pad_a, pad_a_bin, pad_b, pad_b_bin = _is_zero(a), _is_zero(a_bin), _is_zero(b), _is_zero(b_bin)
+    if SHIFT:
+        # a total holds the other side's bin, so that only without that bin it can be 0
+        pad_a, pad_b = pad_b_bin, pad_a_bin
     u, u_bin = tl.zeros_like(a), tl.zeros_like(a_bin)
     most_u, most_v = u, tl.zeros_like(b)
+    if SAVE:
+        _store(history, 0, u, u_bin, v, v_bin)
     for t in range(history[3]):
         # u = a / (K v)
-        u = _spread(a, sum_over(K * v, 1) + kr * v_bin)
-        u_bin = _spread(a_bin, sum_over(kc * v, 1) + kk * v_bin)
+        u = a / (sum_over(K * v, 1) + kr * v_bin + pad_a)
+        u_bin = a_bin / (sum_over(kc * v, 1) + kk * v_bin + pad_a_bin)
         # v = b / (K^T u)
-        v = _spread(b, sum_over(K * u, 0) + kc * u_bin)
-        v_bin = _spread(b_bin, sum_over(kr * u, 0) + kk * u_bin)
+        v = b / (sum_over(K * u, 0) + kc * u_bin + pad_b)
+        v_bin = b_bin / (sum_over(kr * u, 0) + kk * u_bin + pad_b_bin)
         if not SHIFT:
             most_u = tl.maximum(most_u, tl.maximum(u, u_bin))
             most_v = tl.maximum(most_v, tl.maximum(v, v_bin))
         if SAVE:
-            _store(history, t, u, u_bin, v, v_bin)
+            _store(history, t + 1, u, u_bin, v, v_bin)
     in_range = 1
     if not SHIFT:
         in_range = (tl.max(most_u) * tl.max(most_v) <= LARGEST).to(tl.int32)
@@ -148,43 +156,38 @@ def _solve_scaling(bordered, z, masses, history, SHIFT: tl.constexpr, SAVE: tl.c
 
 @triton.jit
 def _reverse_scaling(G, Gr, Gc, bordered, z, masses, history, SHIFT: tl.constexpr):
-    K, kr, kc, kk, v0, v0_bin = _absorb(bordered, z, masses, SHIFT)
+    K, kr, kc, kk, _, _ = _absorb(bordered, z, masses, SHIFT)
     a, a_bin, b, b_bin = _exp(masses)
     T = history[3]
-    u, u_bin, v, v_bin = _load(history, T - 1, masses)
+    u, u_bin, v, v_bin = _load(history, T, masses)
     # S = G u v^T;  gu = (G K) v;  gv = (G K)^T u
-    S, Sr, Sc, Sk = G * u * v, Gr * u * v_bin, Gc * u_bin * v, tl.zeros_like(a_bin)
+    S = G * u * v
     gu, gu_bin = sum_over(G * K * v, 1) + Gr * kr * v_bin, sum_over(Gc * kc * v, 1)
     gv, gv_bin = sum_over(G * K * u, 0) + Gc * kc * u_bin, sum_over(Gr * kr * u, 0)
+    dz = gu_bin * u_bin + gv_bin * v_bin
     da, da_bin, db, db_bin = tl.zeros_like(a), tl.zeros_like(a_bin), tl.zeros_like(b), tl.zeros_like(b_bin)
     for i in range(T):
-        t = T - 1 - i
-        u_next, u_next_bin, w, w_bin = _load(history, t - 1, masses)
-        w = tl.where(t > 0, w, v0)
-        w_bin = tl.where(t > 0, w_bin, v0_bin)
-        # db += gv v;  q = -(gv v) (v / b);  S += u q^T;  gu += K q
+        u_next, u_next_bin, w, w_bin = _load(history, T - 1 - i, masses)
+        # db += gv v;  q = -(gv v) (v / b), since v^2 could overflow;  S += u q^T;  gu += K q
         db += gv * v
         db_bin += gv_bin * v_bin
         q, q_bin = -(gv * v) * _over(v, b), -(gv_bin * v_bin) * _over(v_bin, b_bin)
         S += u * q
-        Sr += u * q_bin
-        Sc += u_bin * q
-        Sk += u_bin * q_bin
+        kc_q = sum_over(kc * q, 1)
         gu += sum_over(K * q, 1) + kr * q_bin
-        gu_bin += sum_over(kc * q, 1) + kk * q_bin
+        gu_bin += kc_q + kk * q_bin
         # da += gu u;  p = -(gu u) (u / a);  S += p w^T;  gv = K^T p
         da += gu * u
         da_bin += gu_bin * u_bin
         p, p_bin = -(gu * u) * _over(u, a), -(gu_bin * u_bin) * _over(u_bin, a_bin)
         S += p * w
-        Sr += p * w_bin
-        Sc += p_bin * w
-        Sk += p_bin * w_bin
-        gv, gv_bin = sum_over(K * p, 0) + kc * p_bin, sum_over(kr * p, 0) + kk * p_bin
+        kr_p = sum_over(kr * p, 0)
+        gv, gv_bin = sum_over(K * p, 0) + kc * p_bin, kr_p + kk * p_bin
+        # the bin's row and column of S, times those of K: what is not here cancels against da_bin and db_bin below
+        dz += u_bin * kc_q + w_bin * kr_p
         gu, gu_bin = tl.zeros_like(gu), tl.zeros_like(gu_bin)
         u, u_bin, v, v_bin = u_next, u_next_bin, w, w_bin
-    dz = sum_over(kr * Sr, 0) + sum_over(kc * Sc, 1) + kk * Sk
-    return K * S, dz, da, da_bin, db, db_bin
+    return K * S, dz - da_bin - db_bin, da, da_bin, db, db_bin
 
 
 @triton.jit
@@ -193,6 +196,8 @@ def _solve_log(bordered, masses, history, SAVE: tl.constexpr):
     log_a, log_a_bin, log_b, log_b_bin = masses
     u, u_bin = tl.zeros_like(log_a), tl.zeros_like(log_a_bin)
     v, v_bin = tl.zeros_like(log_b), tl.zeros_like(log_b_bin)
+    if SAVE:
+        _store(history, 0, u, u_bin, v, v_bin)
     for t in range(history[3]):
         # u = log a - LSE(Z + v)
         u = _minus_lse(log_a, Z + v, zr + v_bin, 1)
@@ -201,47 +206,45 @@ def _solve_log(bordered, masses, history, SAVE: tl.constexpr):
         v = _minus_lse(log_b, Z + u, zc + u_bin, 0)
         v_bin = _minus_lse(log_b_bin, zr + u, zk + u_bin, 0)
         if SAVE:
-            _store(history, t, u, u_bin, v, v_bin)
+            _store(history, t + 1, u, u_bin, v, v_bin)
     return tl.exp(Z + u + v), tl.exp(zr + u + v_bin), tl.exp(zc + u_bin + v)
 
 
 @triton.jit
 def _reverse_log(G, Gr, Gc, bordered, masses, history):
     T = history[3]
-    u, u_bin, v, v_bin = _load(history, T - 1, masses)
+    u, u_bin, v, v_bin = _load(history, T, masses)
     # dZ = G P;  gu, gv: its row and column sums
-    E, Er, Ec, Ek = _plan(bordered, u, u_bin, v, v_bin)
-    dZ, dZr, dZc, dZk = G * E, Gr * Er, Gc * Ec, tl.zeros_like(Ek)
+    E, Er, Ec, _ = _plan(bordered, u, u_bin, v, v_bin)
+    dZ, dZr, dZc = G * E, Gr * Er, Gc * Ec
     gu, gu_bin = sum_over(dZ, 1) + dZr, sum_over(dZc, 1)
     gv, gv_bin = sum_over(dZ, 0) + dZc, sum_over(dZr, 0)
+    dz = gu_bin + gv_bin
     da, da_bin, db, db_bin = tl.zeros_like(u), tl.zeros_like(u_bin), tl.zeros_like(v), tl.zeros_like(v_bin)
     for i in range(T):
-        t = T - 1 - i
-        u_next, u_next_bin, w, w_bin = _load(history, t - 1, masses)
+        u_next, u_next_bin, w, w_bin = _load(history, T - 1 - i, masses)
         # db += gv;  E = exp(Z + u + v);  Q = E gv / colsum E;  dZ -= Q;  gu -= rowsum Q
         db += gv
         db_bin += gv_bin
         E, Er, Ec, Ek = _plan(bordered, u, u_bin, v, v_bin)
         q, q_bin = _over(gv, sum_over(E, 0) + Ec), _over(gv_bin, sum_over(Er, 0) + Ek)
         dZ -= E * q
-        dZr -= Er * q_bin
-        dZc -= Ec * q
-        dZk -= Ek * q_bin
+        Ec_q = sum_over(Ec * q, 1)
         gu -= sum_over(E * q, 1) + Er * q_bin
-        gu_bin -= sum_over(Ec * q, 1) + Ek * q_bin
+        gu_bin -= Ec_q + Ek * q_bin
         # da += gu;  E = exp(Z + u + w);  Q = E gu / rowsum E;  dZ -= Q;  gv = -colsum Q
         da += gu
         da_bin += gu_bin
         E, Er, Ec, Ek = _plan(bordered, u, u_bin, w, w_bin)
         p, p_bin = _over(gu, sum_over(E, 1) + Er), _over(gu_bin, sum_over(Ec, 1) + Ek)
         dZ -= E * p
-        dZr -= Er * p
-        dZc -= Ec * p_bin
-        dZk -= Ek * p_bin
-        gv, gv_bin = -sum_over(E * p, 0) - Ec * p_bin, -sum_over(Er * p, 0) - Ek * p_bin
+        Er_p = sum_over(Er * p, 0)
+        gv, gv_bin = -sum_over(E * p, 0) - Ec * p_bin, -Er_p - Ek * p_bin
+        # a Q's sum over the bin's row or column is the gu_bin or gv_bin it came from: in da_bin and db_bin
+        dz -= Ec_q + Er_p
         gu, gu_bin = tl.zeros_like(gu), tl.zeros_like(gu_bin)
         u, u_bin, v, v_bin = u_next, u_next_bin, w, w_bin
-    return dZ, sum_over(dZr, 0) + sum_over(dZc, 1) + dZk, da, da_bin, db, db_bin
+    return dZ, dz - da_bin - db_bin, da, da_bin, db, db_bin
 
 
 @triton.jit
@@ -259,14 +262,17 @@ def _absorb(bordered, z, masses, SHIFT: tl.constexpr):
     Z, zr, zc, zk = bordered
     v, v_bin = tl.where(masses[2] != -INF, 1.0, 0.0), tl.where(masses[3] != -INF, 1.0, 0.0)
     if SHIFT:
-        Z, zr, zc, zk = Z - z, zr - z, zc - z, zk - z
+        # a bin without mass has potential 0, so that 1 will do
+        kr, kc, kk = 1.0, 1.0, 1.0
+        Z -= z
     else:
         rho, rho_bin = _finite(tl.maximum(max_over(Z, 1), zr)), _finite(tl.maximum(max_over(zc, 1), zk))
         Z, zr, zc, zk = Z - rho, zr - rho, zc - rho_bin, zk - rho_bin
         sigma, sigma_bin = _finite(tl.maximum(max_over(Z, 0), zc)), _finite(tl.maximum(max_over(zr, 0), zk))
         Z, zr, zc, zk = Z - sigma, zr - sigma_bin, zc - sigma, zk - sigma_bin
+        kr, kc, kk = tl.exp(zr), tl.exp(zc), tl.exp(zk)
         v, v_bin = v * tl.exp(sigma), v_bin * tl.exp(sigma_bin)
-    return tl.exp(Z), tl.exp(zr), tl.exp(zc), tl.exp(zk), v, v_bin
+    return tl.exp(Z), kr, kc, kk, v, v_bin
 
 
 @triton.jit
@@ -297,9 +303,8 @@ def _minus_lse(log_mass, x, x_bin, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _spread(mass, total):
-    """Return mass / total, and 0 without mass; inf, so that the path is found illegal, where the total underflows."""
-    return tl.where(mass == 0, 0.0, mass / total)
+def _is_zero(mass):
+    return tl.where(mass == 0, 1.0, 0.0)
 
 
 @triton.jit
@@ -332,28 +337,36 @@ def _no_mass_is_inf(log_mass):
 
 @triton.jit
 def _store(history, t, u, u_bin, v, v_bin):
-    at_u, at_v, offs_n, offs_m, bin = _at(history, t, u, v)
-    tl.store(at_u + offs_n, u, mask=offs_n < history[1])
-    tl.store(at_u + bin + history[1], u_bin)
-    tl.store(at_v + offs_m, v, mask=offs_m < history[2])
-    tl.store(at_v + bin + history[2], v_bin)
+    pointer, N_out, M_out, T = history
+    offs_n, offs_m, bin = _offsets(u, v)
+    # every thread of a row holds its u: to say which one stores it spares a change of layout
+    lane_n, lane_m = tl.arange(0, u.shape[2])[None, None, :, None], tl.arange(0, v.shape[3])[None, None, None, :]
+    row, col = offs_n + lane_m * 0, offs_m + lane_n * 0
+    at = pointer + t
+    tl.store(at + row * (T + 1), tl.broadcast_to(u, row.shape), mask=(row < N_out) & (lane_m == 0))
+    tl.store(at + (N_out + bin) * (T + 1), u_bin)
+    at += (N_out + 1) * (T + 1)
+    tl.store(at + col * (T + 1), tl.broadcast_to(v, col.shape), mask=(col < M_out) & (lane_n == 0))
+    tl.store(at + (M_out + bin) * (T + 1), v_bin)
 
 
 @triton.jit
 def _load(history, t, masses):
-    """Return u, u_bin, v, v_bin of iteration t; zeros before the first."""
-    at_u, at_v, offs_n, offs_m, bin = _at(history, t, masses[0], masses[2])
-    u = tl.load(at_u + offs_n, mask=(offs_n < history[1]) & (t >= 0), other=0.0)
-    u_bin = tl.load(at_u + bin + history[1], mask=bin <= t, other=0.0)
-    v = tl.load(at_v + offs_m, mask=(offs_m < history[2]) & (t >= 0), other=0.0)
-    v_bin = tl.load(at_v + bin + history[2], mask=bin <= t, other=0.0)
+    """Return u, u_bin, v, v_bin after t iterations."""
+    pointer, N_out, M_out, T = history
+    row, col, bin = _offsets(masses[0], masses[2])
+    at = pointer + t
+    u = tl.load(at + row * (T + 1), mask=row < N_out, other=0.0)
+    u_bin = tl.load(at + (N_out + bin) * (T + 1))
+    at += (N_out + 1) * (T + 1)
+    v = tl.load(at + col * (T + 1), mask=col < M_out, other=0.0)
+    v_bin = tl.load(at + (M_out + bin) * (T + 1))
     return u, u_bin, v, v_bin
 
 
 @triton.jit
-def _at(history, t, like_u, like_v):
-    """Return where u and v of iteration t begin, and the offsets of their elements and of a bin."""
-    at_u = history[0] + t * (history[1] + history[2] + 2)
-    offs_n = row_offsets(like_u.shape[0] * like_u.shape[2], like_u.shape[2])
-    offs_m = col_offsets(like_v.shape[1] * like_v.shape[3], like_v.shape[3])
-    return at_u, at_u + history[1] + 1, offs_n, offs_m, tl.zeros([1, 1, 1, 1], tl.int32)
+def _offsets(u, v):
+    """Return the indices of the elements of a row vector, of a column vector and of a bin."""
+    offs_n = row_offsets(u.shape[0] * u.shape[2], u.shape[2])
+    offs_m = col_offsets(v.shape[1] * v.shape[3], v.shape[3])
+    return offs_n, offs_m, tl.zeros([1, 1, 1, 1], tl.int32)
