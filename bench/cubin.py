@@ -1,9 +1,9 @@
 """What a kernel's machine code says: registers, spills, instruction mix, occupancy, and a lower bound of its time.
 
 The bound is the largest of: compulsory bytes over bandwidth, and per execution unit the cycles of the busiest
-multiprocessor. Only the shortest outermost loop counts, `trips` times: a longer one may be a path that is not taken. A
-launch without a known number of trips counts every instruction once. The bound knows nothing of latency, barriers and
-caches and was never compared with hardware: good for ranking and for finding regressions.
+multiprocessor. Where the number of trips of the main loop is known, only that loop counts: the rest may be a path that
+is not taken. Else every instruction counts once. The bound knows nothing of latency, barriers and caches and was never
+compared with hardware: good for ranking and for finding regressions.
 """
 
 import collections
@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,13 +142,24 @@ def occupancy(gpu: Gpu, registers: int, warps: int, shared_bytes: int) -> tuple[
 
 
 def time_bound_us(
-    gpu: Gpu, code: MachineCode, *, programs: int, warps: int, tensor_bytes: int, trips: int
+    gpu: Gpu,
+    code: MachineCode,
+    *,
+    programs: int,
+    warps: int,
+    tensor_bytes: int,
+    trips: int,
+    main_loop: Mapping[str, int],
 ) -> tuple[float, str]:
-    """Return a lower bound of a launch's time in microseconds, and the unit that sets it."""
-    if trips == 1 or not code.loops:
-        begin, end, trips = 0, code.instructions[-1][0], 1
-    else:
-        begin, end = _shortest_loop(code)
+    """Return a lower bound of a launch's time in microseconds, and the unit that sets it.
+
+    Args:
+        trips: how often the main loop runs; 1 where that is unknown.
+        main_loop: the main loop is the shortest outermost one with at least these counts of instructions by class.
+    """
+    loop = _shortest_loop(code, main_loop) if trips > 1 else None
+    begin, end = loop or (0, code.instructions[-1][0])
+    trips = trips if loop else 1
     cycles: dict[str, float] = collections.defaultdict(float)
     for address, opcode in code.instructions:
         if not begin <= address <= end:
@@ -171,14 +183,15 @@ def time_bound_us(
     return bounds[unit], unit
 
 
-def _shortest_loop(code: MachineCode) -> tuple[int, int]:
-    """Return the first and last address of the shortest loop that is in no other one."""
-    outer = (
-        (begin, end)
-        for begin, end in code.loops
-        if not any(b <= begin and end <= e and (b, e) != (begin, end) for b, e in code.loops)
-    )
-    return min(outer, key=lambda span: span[1] - span[0])
+def _shortest_loop(code: MachineCode, least: Mapping[str, int]) -> tuple[int, int] | None:
+    """Return the first and last address of the shortest loop in no other one with at least these instructions."""
+    found = []
+    for begin, end in code.loops:
+        inner = any(b <= begin and end <= e and (b, e) != (begin, end) for b, e in code.loops)
+        mix = collections.Counter(_classify(opcode) for address, opcode in code.instructions if begin <= address <= end)
+        if not inner and all(mix[kind] >= count for kind, count in least.items()):
+            found.append((begin, end))
+    return min(found, key=lambda span: span[1] - span[0], default=None)
 
 
 @functools.cache

@@ -156,21 +156,27 @@ def _survey_unit(unit: Unit) -> Finding:
         return Finding(unit, {}, "launched no kernel")
     rows: dict[str, dict[str, Any]] = {}
     for launch in launches:
-        row = _row(launch, unit.arch, case.trips(launch))
+        row = _row(launch, unit.arch, case)
         same = [key for key in rows if rows[key]["kernel"] == launch.kernel]
         if all(rows[key] != row for key in same):
             rows[f"{unit}/{launch.kernel}" + (f"#{len(same) + 1}" if same else "")] = row
     return Finding(unit, rows, None)
 
 
-def _row(launch, arch: int, trips: int) -> dict[str, Any]:
+def _row(launch, arch: int, case) -> dict[str, Any]:
     from bench import cubin
 
     gpu, code = cubin.GPUS[arch], cubin.read(launch.cubin)
     mix, matrix = code.mix(), code.opcodes("matrix")
     blocks, limiter = cubin.occupancy(gpu, code.registers, launch.warps, launch.shared_bytes)
     bound_us, bound_by = cubin.time_bound_us(
-        gpu, code, programs=launch.programs, warps=launch.warps, tensor_bytes=launch.tensor_bytes, trips=trips
+        gpu,
+        code,
+        programs=launch.programs,
+        warps=launch.warps,
+        tensor_bytes=launch.tensor_bytes,
+        trips=case.trips(launch),
+        main_loop=case.main_loop,
     )
     atomics = code.opcodes("atomic")
     if not any(opcode.startswith("UTCATOMSWS") for _, opcode in code.instructions):

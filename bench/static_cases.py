@@ -5,8 +5,8 @@ is compiled depends on shapes, strides, types and options, never on values.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,7 +22,8 @@ class Case:
 
     Args:
         full: compiled only on request.
-        trips: how often the main loop of a launch runs, for the lower bound of its time.
+        trips, main_loop: for the lower bound of a launch's time: how often its main loop runs, and what tells that loop
+            from others, see `bench.cubin.time_bound_us`.
     """
 
     operator: str
@@ -30,6 +31,7 @@ class Case:
     run: Callable[[], object]
     full: bool = False
     trips: Callable[[Launch], int] = lambda launch: 1
+    main_loop: Mapping[str, int] = field(default_factory=dict)
 
 
 # (kernel, architecture) -> (how many spilling instructions are accepted, why)
@@ -69,6 +71,7 @@ def _sinkhorn_cases() -> list[Case]:
             run=functools.partial(_sinkhorn, B, N, M, dtype, **options),
             full=full,
             trips=lambda launch: ITERATIONS,
+            main_loop={"special": 4},
         )
         for name, (B, N, M, dtype, options, full) in table.items()
     ]
@@ -111,6 +114,7 @@ def _matching_cases() -> list[Case]:
             run=functools.partial(_matching, 64, N, M, **options),
             full=full,
             trips=lambda launch: ITERATIONS,
+            main_loop={"special": 4},
         )
         for name, (N, M, options, full) in table.items()
     ]
@@ -173,6 +177,7 @@ def _attention_cases() -> list[Case]:
             run=functools.partial(_attention, *shape[:3], D, dtype, ragged=shape[3], **options),
             full=full,
             trips=functools.partial(_attention_trips, *shape[1:3]),
+            main_loop={"matrix": 1} if "ieee" not in name else {},
         )
         for name, (shape, D, dtype, options, full) in table.items()
     ]
