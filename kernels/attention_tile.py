@@ -87,7 +87,7 @@ TILES = {
 def locate(pid, length, heads: tl.constexpr, BLOCK: tl.constexpr):
     """Return item, head and first row of program `pid`, of those of one head and then of one item side by side."""
     blocks = tl.cdiv(length, BLOCK)
-    return (pid // blocks // heads).to(tl.int64), pid // blocks % heads, pid % blocks * BLOCK
+    return (pid // blocks // heads).to(tl.int64), (pid // blocks % heads).to(tl.int64), pid % blocks * BLOCK
 
 
 @triton.jit
