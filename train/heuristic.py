@@ -67,6 +67,8 @@ def _cover(start: np.ndarray, end: np.ndarray, points_N3: np.ndarray) -> float:
     """Share of the bins along a segment that hold a point of the tube around it."""
     along, offset_N3 = end - start, points_N3 - start
     length = float(np.sqrt((along * along).sum()))
+    if length == 0:
+        return 0.0
     position_N = (offset_N3 * (along / length)).sum(1)
     distance_sq_N = (offset_N3 * offset_N3).sum(1) - position_N**2
     near = (position_N >= 0) & (position_N <= length) & (distance_sq_N <= TUBE_RADIUS_M**2)
