@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from perceiver.scene import Scene, check_scene, encode_scene
 from perceiver.wireframe import PostprocessConfig, merge_vertices, segments_to_wireframe, true_wireframe
@@ -37,7 +37,7 @@ def digest(scenes: list[Scene]) -> str:
 def coverage(scenes: list[Scene]) -> float:
     """Mean share of true vertices within 0.5 m of a valid point."""
     return float(
-        np.mean([(cKDTree(s.valid_points_world()).query(s.gt_vertices)[0] <= 0.5).mean() for s in scenes]),
+        np.mean([(KDTree(s.valid_points_world()).query(s.gt_vertices)[0] <= 0.5).mean() for s in scenes]),
     )
 
 
@@ -162,7 +162,7 @@ def test_corner_labels_of_easy_scenes_lead_post_processing_to_the_truth():
         result = segments_to_wireframe(scene.gt_vertices[scene.gt_edges], scene, PostprocessConfig())
         truth = true_wireframe(scene)
         assert len(result.edges_E2) == len(truth.edges_E2)
-        assert cKDTree(result.vertices_V3).query(truth.vertices_V3)[0].mean() < 0.03
+        assert KDTree(result.vertices_V3).query(truth.vertices_V3)[0].mean() < 0.03
 
 
 def test_easy_houses_stand_along_the_axes_and_real_ones_do_not():
@@ -183,7 +183,7 @@ def test_labels_of_easy_scenes_tell_the_truth():
     for scene in generate_scenes(20, seed=11, points=256, setting="easy"):
         points, classes = scene.valid_points_world(), scene.class_id[: scene.point_count]
         corners = points[classes <= 2]
-        assert cKDTree(scene.gt_vertices).query(corners)[0].max() < 0.31
+        assert KDTree(scene.gt_vertices).query(corners)[0].max() < 0.31
         assert (classes <= 2).sum() > 10
         for label, truth in edge_class.items():
             mine = points[classes == label]
@@ -199,7 +199,7 @@ def test_labels_of_easy_scenes_tell_the_truth():
 def test_labels_of_real_scenes_do_not():
     scenes = generate_scenes(20, seed=11, points=2048, setting="real")
     far = [
-        (cKDTree(s.gt_vertices).query(s.valid_points_world()[s.class_id[: s.point_count] <= 2])[0] > 0.5).mean()
+        (KDTree(s.gt_vertices).query(s.valid_points_world()[s.class_id[: s.point_count] <= 2])[0] > 0.5).mean()
         for s in scenes
     ]
     assert 0.1 < np.mean(far) < 0.5

@@ -41,11 +41,11 @@ def _cluster_means(points_N3: np.ndarray) -> np.ndarray:
     """Means of the single-linkage clusters that are large enough."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     if not len(points_N3):
         return np.zeros((0, 3))
-    pairs = cKDTree(points_N3).query_pairs(LINK_RADIUS_M, output_type="ndarray")
+    pairs = KDTree(points_N3).query_pairs(LINK_RADIUS_M, output_type="ndarray")
     size = len(points_N3)
     links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
     clusters, cluster_N = connected_components(links, directed=False)

@@ -86,6 +86,7 @@ class Roof:
 
 
 def cross(a_N3: np.ndarray, b_N3: np.ndarray) -> np.ndarray:
+    """Cross products row by row."""
     ax, ay, az = a_N3.T
     bx, by, bz = b_N3.T
     return np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], axis=1)
@@ -110,7 +111,7 @@ def _is_ear(vertices: list[Point], loop: list[int], at: int) -> bool:
     return not any(_turn(a, b, p) >= 0 and _turn(b, c, p) >= 0 and _turn(c, a, p) >= 0 for p in others)
 
 
-def _triangulate(vertices: list[Point], loop: list[int]) -> list[tuple[int, int, int]]:
+def _triangulate(vertices: list[Point], loop: list[int]) -> list[tuple[int, ...]]:
     """Cut off ears: corners that turn left and have no other corner of the loop inside."""
     triangles, rest = [], list(loop)
     while len(rest) > 3:
@@ -143,6 +144,7 @@ class RoofBuilder:
         self._index: dict[tuple[int, int, int], int] = {}
 
     def vertex(self, point: Point) -> int:
+        """The index of a point, a new one if it is not there yet."""
         x, y, z = point
         key = (round(x * 1024), round(y * 1024), round(z * 1024))
         if key not in self._index:
@@ -161,8 +163,10 @@ class RoofBuilder:
         self.grounded.append(grounded)
 
     def line(self, a: Point, b: Point, edge_class: int) -> None:
+        """Give the line between two points a class, whether it belongs to a face or not."""
         i, j = sorted((self.vertex(a), self.vertex(b)))
         self.lines[i, j] = edge_class
 
     def roof(self) -> Roof:
+        """The roof of all faces and lines."""
         return Roof.from_faces(self.vertices, self.loops, self.grounded, self.lines)

@@ -79,7 +79,7 @@ def _add_slope(b: RoofBuilder, left: list[Point], right: list[Point], side: int,
     b.face([*outline, *right[::-1], *[p for p in joints[::-1] if outline[0][0] < p[0] < right[0][0]]])
 
 
-def _add_wing(b: RoofBuilder, apex: Point, feet: tuple[Point, Point], side: int, half: float, front: float, end: _End):
+def _add_wing(b: RoofBuilder, apex: Point, feet: list[Point], side: int, half: float, front: float, end: _End):
     """Add the two slopes and the end of a wing whose ridge runs from `apex` to |z| = `front`."""
     x, rise, _ = apex
     top = (x, rise, side * (front - end.run))
@@ -97,7 +97,7 @@ def _add_body(b: RoofBuilder, body: _Body, wings: dict[int, list[_Wing]]) -> Non
     for side in (1, -1):
         _add_slope(b, left[side], right[side], side, body, wings[side], joints)
         for wing in wings[side]:
-            feet = tuple((wing.x + s * wing.half, 0.0, side * body.half) for s in (-1, 1))
+            feet = [(wing.x + s * wing.half, 0.0, side * body.half) for s in (-1, 1)]
             _add_wing(b, _apex(body, wing, side), feet, side, wing.half, body.half + wing.depth, wing.end)
 
 
@@ -107,7 +107,7 @@ def _add_corner(b: RoofBuilder, body: _Body, half: float, depth: float, end: _En
     right = _end(b, body, body.length, -1, body.right)
     _add_slope(b, [crossing, inner], right[1], 1, body, [], [])
     _add_slope(b, [crossing, outer], right[-1], -1, body, [], [])
-    _add_wing(b, crossing, (outer, inner), 1, half, body.half + depth, end)
+    _add_wing(b, crossing, [outer, inner], 1, half, body.half + depth, end)
 
 
 def _add_dormer(b: RoofBuilder, body: _Body, side: int, x: float, half: float, heights: tuple[float, float, float]):
@@ -121,11 +121,11 @@ def _add_dormer(b: RoofBuilder, body: _Body, side: int, x: float, half: float, h
         b.face([eave_front, ridge_front, ridge_back, eave_back], grounded=False)
         b.line(eave_back, ridge_back, VALLEY)
         b.line(foot, eave_back, STEP_FLASHING)
-    b.line(*feet, FLASHING)
+    b.line(feet[0], feet[1], FLASHING)
 
 
 class _Wall(NamedTuple):
-    """A wall of the body: the function from (along, height, out of the wall) to a point, and its free stretch."""
+    """A wall of the body: a function from (along, height, out of the wall) to a point, its free stretch, its top."""
 
     place: Callable[[float, float, float], Point]
     low: float
@@ -141,7 +141,7 @@ def _add_lean_to(b: RoofBuilder, d: Draws, wall: _Wall, *, hipped: bool, low: bo
     tops = [wall.place(along + inward * run, -drop, 0.0) for along, inward in zip(ends, (1, -1), strict=True)]
     corners = [wall.place(along, bottom, depth) for along in ends]
     b.face([tops[0], tops[1], corners[1], corners[0]])
-    b.line(*tops, FLASHING)
+    b.line(tops[0], tops[1], FLASHING)
     if hipped:
         for along, top, corner in zip(ends, tops, corners, strict=True):
             foot = wall.place(along, bottom, 0.0)
@@ -198,7 +198,7 @@ def _draw_end(d: Draws, half: float) -> _End:
 
 
 def _draw_body(d: Draws, left: Callable | None = None, right: Callable | None = None, *, steep: bool = False) -> _Body:
-    """Draw the sizes of a body; ends are given as functions of (draws, half) or are drawn, too."""
+    """Draw the sizes of a body; an end is given as a function of (draws, half) or is drawn, too."""
     half = d.between(1.25, 2.0) if steep else d.between(1.5, 2.4)
     rise = half * (d.between(0.75, 1.2) if steep else d.between(0.55, 1.0))
     ends = [(end or _draw_end)(d, half) for end in (left, right)]
@@ -237,7 +237,8 @@ def _draw_dormer(d: Draws, b: RoofBuilder, body: _Body, side: int, low: float, h
     base, cheek = d.between(0.12, 0.3), d.between(0.68, 0.85)
     rise = min(half * d.between(0.5, 0.8), body.rise - 0.15 - base - cheek)
     x, ridge = d.between(low + half, high - half), base + cheek + rise
-    if min(half, rise / 0.4) < 0.68 or not _fits(body, x, half - 0.3, ridge):
+    room = _fits(body, x, half - 0.3, ridge)
+    if half < 0.68 or rise < 0.27 or not room:
         return False
     _add_dormer(b, body, side, x, half, (base, base + cheek, ridge))
     return True

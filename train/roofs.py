@@ -332,7 +332,8 @@ def _observe(d: Draws, patches: _Patches, points: int, s: _Setting, center: np.n
     labelled_N = np.where(unit(words[5]) < s.confused, patch_N[::-1], patch_N)
     class_N, visible_src_N, visible_id_N, behind_N = patches.label_K4[labelled_N].T
 
-    views_N = 1 + sum(((words[6] >> np.uint64(16 * lane)) & np.uint64(0xFFFF)) < 0.425 * 2**16 for lane in range(4))
+    lanes_N4 = (words[6][:, None] >> np.arange(0, 64, 16, dtype=np.uint64)) & np.uint64(0xFFFF)
+    views_N = 1 + (lanes_N4 < 0.425 * 2**16).sum(1)
     order = np.argsort((source_N * 8 + _TIER[class_N]).astype(np.uint8), kind="stable")
     order = np.append(order, np.full(points - valid, order[-1]))
     return {
