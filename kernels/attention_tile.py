@@ -5,7 +5,6 @@ exactly 0, so that neither garbage in it nor the number of such keys has an infl
 """
 
 import os
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,28 +17,67 @@ SHORT = tl.constexpr(0.9999e12)
 INF = tl.constexpr(float("inf"))
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A launch: queries and keys of a tile, warps, stages of the pipeline."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-    def options(self) -> dict[str, int]:
-        return {
-            "BLOCK_T": self.queries,
-            "BLOCK_S": self.keys,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
+# (family, products, D) -> (queries and keys of a tile, warps, stages) of the forward, the dq and the dkv kernel.
+# Found by offline compilation: the largest tiles without spills, then the fewest instructions per matrix cycle. sm_100:
+# where a tile of dq or dkv is large enough for the fifth-generation matrix instructions, Triton 3.7 mostly fails.
+KERNELS = ("forward", "dq", "dkv")
+TILES = {
+    ("sm_80", "half", 16): ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
+    ("sm_80", "half", 32): ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
+    ("sm_80", "half", 64): ((64, 64, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
+    ("sm_80", "half", 128): ((64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 2)),
+    ("sm_80", "tf32", 16): ((64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_80", "tf32", 32): ((64, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_80", "tf32", 64): ((64, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_80", "tf32", 128): ((64, 32, 4, 3), (32, 32, 4, 2), (16, 32, 4, 2)),
+    ("sm_80", "ieee", 16): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_80", "ieee", 32): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_80", "ieee", 64): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_80", "ieee", 128): ((16, 16, 8, 2), (16, 16, 8, 2), (16, 32, 4, 2)),
+    ("sm_89", "half", 16): ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
+    ("sm_89", "half", 32): ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
+    ("sm_89", "half", 64): ((64, 64, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
+    ("sm_89", "half", 128): ((64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 2)),
+    ("sm_89", "tf32", 16): ((64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_89", "tf32", 32): ((64, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_89", "tf32", 64): ((64, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_89", "tf32", 128): ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_89", "ieee", 16): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_89", "ieee", 32): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_89", "ieee", 64): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_89", "ieee", 128): ((16, 16, 8, 2), (16, 16, 8, 2), (16, 32, 8, 2)),
+    ("sm_90", "half", 16): ((64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("sm_90", "half", 32): ((64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("sm_90", "half", 64): ((64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("sm_90", "half", 128): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_90", "tf32", 16): ((64, 64, 4, 2), (64, 32, 4, 3), (32, 64, 4, 2)),
+    ("sm_90", "tf32", 32): ((64, 64, 4, 2), (64, 32, 4, 3), (32, 64, 4, 2)),
+    ("sm_90", "tf32", 64): ((64, 64, 4, 2), (64, 32, 4, 3), (32, 64, 4, 2)),
+    ("sm_90", "tf32", 128): ((64, 16, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_90", "ieee", 16): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_90", "ieee", 32): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_90", "ieee", 64): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_90", "ieee", 128): ((16, 16, 8, 2), (16, 16, 8, 2), (16, 32, 4, 2)),
+    ("sm_100", "half", 16): ((64, 128, 4, 2), (32, 32, 4, 2), (32, 64, 4, 2)),
+    ("sm_100", "half", 32): ((64, 64, 4, 3), (32, 32, 4, 2), (32, 64, 4, 2)),
+    ("sm_100", "half", 64): ((64, 64, 4, 3), (32, 32, 4, 2), (32, 64, 4, 2)),
+    ("sm_100", "half", 128): ((64, 64, 4, 3), (32, 32, 4, 2), (32, 64, 4, 2)),
+    ("sm_100", "tf32", 16): ((64, 64, 4, 2), (32, 32, 4, 2), (32, 64, 4, 2)),
+    ("sm_100", "tf32", 32): ((64, 64, 4, 2), (32, 32, 4, 2), (32, 64, 4, 2)),
+    ("sm_100", "tf32", 64): ((64, 64, 4, 2), (32, 32, 4, 2), (32, 64, 4, 2)),
+    ("sm_100", "tf32", 128): ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_100", "ieee", 16): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_100", "ieee", 32): ((32, 32, 8, 2), (32, 16, 8, 2), (32, 32, 8, 2)),
+    ("sm_100", "ieee", 64): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_100", "ieee", 128): ((16, 16, 8, 2), (16, 16, 8, 2), (32, 32, 4, 2)),
+}
 
 
 def launch_options(kernel: str, q_BHTD: torch.Tensor, precision: str) -> dict[str, int]:
     """The block sizes, warps and stages of a launch. They decide its bits, so they are found by hand and kept here."""
     products = precision if q_BHTD.dtype == torch.float32 else "half"
-    return TILES[_family(q_BHTD), products, q_BHTD.shape[-1]][KERNELS.index(kernel)].options()
+    launches = TILES[_family(q_BHTD), products, q_BHTD.shape[-1]]
+    return dict(zip(("BLOCK_T", "BLOCK_S", "num_warps", "num_stages"), launches[KERNELS.index(kernel)], strict=True))
 
 
 def _family(tensor: torch.Tensor) -> str:
@@ -71,16 +109,6 @@ def keys_to_loop_over(key_count_B, key_mask_BS):
         return None if key_count_B is None else key_count_B.contiguous(), None
     ends_S = torch.arange(1, key_mask_BS.shape[1] + 1, device=key_mask_BS.device, dtype=torch.int32)
     return torch.where(key_mask_BS, ends_S, 0).amax(1), key_mask_BS.contiguous().view(torch.uint8)
-
-
-KERNELS = ("forward", "dq", "dkv")
-# (family, products, D) -> tiles of forward, dq, dkv
-TILES = {
-    (family, products, D): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 3))
-    for family in ("sm_80", "sm_89", "sm_90", "sm_100")
-    for products in ("half", "tf32", "ieee")
-    for D in (16, 32, 64, 128)
-}
 
 
 @triton.jit

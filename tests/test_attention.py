@@ -399,8 +399,8 @@ def test_the_kernels_refuse_float64(device):
 def test_every_launch_adds_whole_tiles_to_a_chunk():
     families, products = ("sm_80", "sm_89", "sm_90", "sm_100"), ("half", "tf32", "ieee")
     assert set(attention_tile.TILES) == {(f, p, D) for f in families for p in products for D in (16, 32, 64, 128)}
-    for tiles in attention_tile.TILES.values():
-        assert attention_forward.CHUNK % tiles[0].keys == 0
+    for (_, keys, _, _), *_ in attention_tile.TILES.values():
+        assert attention_forward.CHUNK % keys == 0
 
 
 @pytest.mark.gpu
