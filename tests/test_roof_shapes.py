@@ -126,8 +126,10 @@ def test_repeated_points_fall_together_and_two_points_are_no_face():
     ids=["notched", "collinear", "arrow"],
 )
 def test_triangles_tile_their_face(loop):
+    """Wherever the walk round it starts, also in a corner that turns in."""
     points = [(x, x / 4, z) for x, z in loop]
-    roof = build(points)
-    areas = [plan_area(roof.vertices_V3[triangle]) for triangle in roof.triangles_K3]
-    assert len(areas) == len(loop) - 2 and min(areas) >= 0
-    assert sum(areas) == pytest.approx(abs(plan_area(np.array(points))), abs=1e-12)
+    for first in range(len(points)):
+        roof = build(points[first:] + points[:first])
+        areas = [plan_area(roof.vertices_V3[triangle]) for triangle in roof.triangles_K3]
+        assert len(areas) == len(loop) - 2 and min(areas) >= 0
+        assert sum(areas) == pytest.approx(abs(plan_area(np.array(points))), abs=1e-12)

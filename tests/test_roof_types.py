@@ -14,7 +14,7 @@ every_type = pytest.mark.parametrize("kind", ROOF_TYPES)
 
 @cache
 def roofs(kind: str) -> list[Roof]:
-    return [draw_roof(Draws(0, index, 0), kind) for index in range(30)]
+    return [draw_roof(Draws(0, index, 0), kind) for index in range(60)]
 
 
 def components(edges_E2: np.ndarray) -> int:
