@@ -8,6 +8,7 @@ formula (`_end`) and one side formula (`_add_slope`):
         g = 1, r = 0 gable;  g = 0 hip;  between: half-hip.  Repeated points of a loop fall together.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -356,13 +357,22 @@ ROOF_TYPES: dict[str, Callable[[Draws, RoofBuilder], bool]] = {
 
 
 def draw_roof(d: Draws, kind: str) -> Roof:
-    """Draw a roof of a type: 4 to 40 edges, no two vertices closer than 0.65 m (draws again until both hold)."""
+    """Draw a roof of a type, again and again until it fits the limits.
+
+    Args:
+        d: where the numbers come from.
+        kind: one of `ROOF_TYPES`.
+    Returns:
+        A roof with 4 to MAX_EDGES edges, no two of its vertices closer than MIN_GAP_M.
+    """
     while True:
         b = RoofBuilder()
-        if not ROOF_TYPES[kind](d, b):
-            continue
-        roof = b.roof()
-        gap = roof.vertices_V3[:, None] - roof.vertices_V3[None]
-        gap_sq = (gap * gap).sum(2) + 1e9 * np.eye(len(gap))
-        if len(roof.edges_E2) <= MAX_EDGES and gap_sq.min() >= MIN_GAP_M**2:
-            return roof
+        if ROOF_TYPES[kind](d, b) and _smallest_gap(np.array(b.vertices)) >= MIN_GAP_M:
+            roof = b.roof()
+            if len(roof.edges_E2) <= MAX_EDGES:
+                return roof
+
+
+def _smallest_gap(vertices_V3: np.ndarray) -> float:
+    gap = vertices_V3[:, None] - vertices_V3[None]
+    return math.sqrt(((gap * gap).sum(2) + 1e9 * np.eye(len(gap))).min())
