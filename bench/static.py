@@ -35,6 +35,8 @@ ARCHITECTURES = (80, 89, 90)
 FULL_ARCHITECTURES = (80, 86, 89, 90, 100)
 PROCESSES = 2
 GROWTH = 1.1
+# what differs between launches of the same machine code
+LAUNCH = ("sha256", "grid", "bound_us", "bound_by")
 
 
 class Unit(NamedTuple):
@@ -237,16 +239,24 @@ def _result_path() -> Path:
 
 
 def _committed(path: Path) -> dict[str, dict[str, Any]]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Return the rows of a result file by key; there is none for a Triton release that nobody kept."""
+    if not path.exists():
+        return {}
+    kept = json.loads(path.read_text())
+    return {key: kept["code"][row["sha256"]] | row for key, row in kept["launches"].items()}
 
 
 def _write(path: Path, units: list[Unit], rows: dict[str, dict[str, Any]]) -> None:
-    """Replace the rows of these units and keep those of others; one line per launch, sorted."""
+    """Replace the rows of these units and keep those of others: sorted, one line per launch and per machine code."""
     replaced = {str(unit) for unit in units}
-    kept = {key: row for key, row in _committed(path).items() if key.rpartition("/")[0] not in replaced}
-    lines = [f"{json.dumps(key)}: {json.dumps(row)}" for key, row in sorted((kept | rows).items())]
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    rows = {key: row for key, row in _committed(path).items() if key.rpartition("/")[0] not in replaced} | rows
+    launches = {key: {name: row[name] for name in LAUNCH} for key, row in rows.items()}
+    code = {row["sha256"]: {name: row[name] for name in row if name not in LAUNCH} for row in rows.values()}
+    path.write_text(f'{{\n"code": {_lines(code)},\n"launches": {_lines(launches)}\n}}\n')
+
+
+def _lines(rows: dict[str, dict[str, Any]]) -> str:
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(rows.items())) + "\n}"
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import triton
 
-from bench.static import Finding, Unit, _scalar_dots, main, violations
+from bench.static import Finding, Unit, _committed, _scalar_dots, _write, main, violations
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
@@ -114,6 +114,18 @@ def test_growth_beyond_a_tenth_of_the_committed_result_is_refused(quantity):
     assert _violations({quantity: grown + 1}) == []
     found = _violations({quantity: grown + 1}, committed=ROW)
     assert found == [f"{KEY}: {quantity} must not grow by more than 10 %, got {grown + 1} after {ROW[quantity]}"]
+
+
+def test_a_result_is_kept_as_it_was_and_only_units_that_ran_again_are_replaced(tmp_path):
+    path = tmp_path / "static.json"
+    units = [Unit("module", "op", case, 90) for case in ("first", "second")]
+    rows = {f"{unit}/_kernel": ROW | {"grid": [1], "bound_us": 1.0, "bound_by": "issue"} for unit in units}
+    _write(path, units, rows)
+    assert _committed(path) == rows
+    assert _committed(tmp_path / "none") == {}
+    grown = {f"{units[1]}/_other_kernel": rows[f"{units[1]}/_kernel"] | {"sha256": "1"}}
+    _write(path, units[1:], grown)
+    assert _committed(path) == {f"{units[0]}/_kernel": rows[f"{units[0]}/_kernel"]} | grown
 
 
 def test_a_spill_passes_only_where_it_is_listed_and_up_to_what_is_listed():
