@@ -127,7 +127,7 @@ def test_other_arithmetic_may_not_go_on_with_a_run(tmp_path, finished, monkeypat
 
 def test_other_rows_may_not_go_on_with_a_run(tmp_path, monkeypatch):
     recipe = tiny_recipe()
-    real = train.loop.load_stage_data
+    real = train.loop.stage_data
     _stop_at(monkeypatch, 5)
     with pytest.raises(RunStopped):
         train_quietly(recipe, tmp_path / "run")
@@ -136,7 +136,7 @@ def test_other_rows_may_not_go_on_with_a_run(tmp_path, monkeypatch):
         data = real(*args, **kwargs)
         return dataclasses.replace(data, train=dataclasses.replace(data.train, digest="0" * 64))
 
-    monkeypatch.setattr(train.loop, "load_stage_data", other_rows)
+    monkeypatch.setattr(train.loop, "stage_data", other_rows)
     with pytest.raises(RunRefused, match="holds other rows than when this run began"):
         train_quietly(recipe, tmp_path / "run")
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import warnings
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from perceiver.scene import stack_scenes
 from tests.small_models import SMALL, small_batch, stirred
 from train.checkpoint import tensors_digest
 from train.config import load_recipe
-from train.determinism import enter
+from train.determinism import enter, fingerprint
 from train.optim import build_optimizer
 from train.roofs import generate_scenes
 from train.step import mean_loss, predict_and_compare, update
@@ -24,13 +23,6 @@ GOLDEN = Path(__file__).parent / "golden" / "step.json"
 
 def machine(precision="fp32"):
     return enter(threads=1, precision=precision, impl="eager", device="cpu")
-
-
-def cpu_and_torch() -> str:
-    """What the bits of a step on a CPU are allowed to depend on: matrix libraries choose code by vendor and family."""
-    info = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
-    family = f"{info.get('vendor_id')} family {info.get('cpu family')} model {info.get('model')}"
-    return f"{family} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__.split('+')[0]}"
 
 
 def golden_step() -> dict[str, float | str]:
@@ -55,9 +47,9 @@ def test_golden_numbers_of_a_step():
     weights = numbers.pop("weights")
     for name, value in numbers.items():
         assert value == pytest.approx(golden["numbers"][name], rel=1e-4), name
-    known = golden["weights"].get(cpu_and_torch())
+    known = golden["weights"].get(fingerprint())
     if known is None:
-        warnings.warn(f"no golden bits for {cpu_and_torch()}, found {weights}", stacklevel=1)
+        warnings.warn(f"no golden bits for {fingerprint()}, found {weights}", stacklevel=1)
     else:
         assert weights == known, "the numbers agree, the bits do not"
 
@@ -146,7 +138,7 @@ def regenerate() -> None:
     numbers = golden_step()
     weights = numbers.pop("weights")
     known = json.loads(GOLDEN.read_text())["weights"] if GOLDEN.exists() else {}
-    content = {"numbers": numbers, "weights": known | {cpu_and_torch(): weights}}
+    content = {"numbers": numbers, "weights": known | {fingerprint(): weights}}
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps(content, indent=2) + "\n")
 

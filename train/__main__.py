@@ -1,6 +1,7 @@
-"""The command line: python -m train run | evaluate | predict | compare."""
+"""The command line: python -m train run | evaluate | predict | compare | replay | verify."""
 
 import argparse
+import errno
 import functools
 import os
 import sys
@@ -18,14 +19,19 @@ from train.determinism import EnvironmentRefused, enter
 from train.evaluate import SET_TITLES, evaluate_command
 from train.loop import RunDiverged, RunStopped, run
 from train.predict import predict_command
+from train.replay import Verdict, replay, verify
 from train.rundir import RunRefused
 from train.starting_point import load_model, load_start
 
 _REFUSALS = (ValueError, RunRefused, RunDiverged, EnvironmentRefused, CheckpointError, OSError, RuntimeError)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0 yes, 1 no or refused, 2 misused, 130 and 143 stopped by a signal."""
+    """Run one command; return the exit code.
+
+    0 yes, 1 no or refused, 2 misused or (replay, verify) cannot be checked here, 130 and 143 stopped by a signal.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "run":
@@ -36,13 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{stop}. Run the same command again to go on.", file=sys.stderr)
         return stop.exit_code
     except _REFUSALS as error:
-        print(f"train {options.command}: {error}", file=sys.stderr)
-        return 1
+        full = isinstance(error, OSError) and error.errno in _DISK_FULL
+        cure = ". Make room and run the same command again: it goes on from the last checkpoint" if full else ""
+        print(f"train {options.command}: {error}{cure}", file=sys.stderr)
+        return 2 if options.command in ("replay", "verify") else 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m train", description="Train, score and compare runs.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | evaluate | predict | compare")
+    parser = argparse.ArgumentParser(prog="python -m train", description="Train, score, compare and check runs.")
+    metavar = "run | evaluate | predict | compare | replay | verify"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=metavar)
     # an abbreviated flag could be the whole name of a recipe's value
     add = functools.partial(commands.add_parser, allow_abbrev=False)
 
@@ -73,6 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run_a", type=Path)
     sub.add_argument("run_b", type=Path)
     sub.set_defaults(action=_compare)
+
+    sub = add("replay", help="recompute updates of a run and check them against its trace: 0 yes, 1 no, 2 cannot")
+    sub.add_argument("run", type=Path, help="a run directory")
+    sub.add_argument("--step", type=int, required=True, metavar="S", help="the last update to check")
+    sub.add_argument("--steps", type=int, default=1, metavar="N", help="how many updates to check (default: 1)")
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the run's)")
+    sub.set_defaults(action=_replay)
+
+    sub = add("verify", help="recompute what a certificate says of a run: 0 yes, 1 no, 2 cannot be checked here")
+    sub.add_argument("certificate", type=Path, help="certificate.json, best beside the run's stage<k>_tail.pt")
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the run's)")
+    sub.set_defaults(action=_verify)
     return parser
 
 
@@ -159,6 +180,21 @@ def _compare(options: argparse.Namespace, _rest: list[str]) -> int:
     if len(comparison.differences) > 20:
         print(f"  and {len(comparison.differences) - 20} more")
     return 0 if comparison.identical else 1
+
+
+def _replay(options: argparse.Namespace, _rest: list[str]) -> int:
+    return _answer(replay(options.run, options.step, steps=options.steps, device=options.device))
+
+
+def _verify(options: argparse.Namespace, _rest: list[str]) -> int:
+    return _answer(verify(options.certificate, device=options.device))
+
+
+def _answer(verdict: Verdict) -> int:
+    print(verdict.sentence)
+    for line in verdict.lines:
+        print(f"  {line}")
+    return verdict.exit_code
 
 
 if __name__ == "__main__":

@@ -121,15 +121,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write and flush a whole file; a failed write leaves no half of it."""
+    """Write and flush a whole file; a failed write leaves no half of it and names the file."""
     try:
         with path.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
         path.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _digest_file(path: Path, suffix: str = "") -> Path:

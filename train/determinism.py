@@ -1,16 +1,31 @@
 """The deterministic state of the process: entered once, refused where it cannot be had.
 
 On a GPU: deterministic algorithms, the cuBLAS workspace fixed before CUDA starts, TF32 and reduced-precision sums as
-the recipe says. On a CPU: the number of threads, which is part of the bits.
+the recipe says. On a CPU: the number of threads, which is part of the bits. `fingerprint` names what bits may depend on
+beside the recipe.
 """
 
+import importlib.metadata
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 CUBLAS_WORKSPACE = ":4096:8"
 PRECISIONS = ("fp32", "tf32", "bf16")
+# variables that make libraries choose other code than the processor's own, unseen by the fingerprint
+FORBIDDEN_VARIABLES = (
+    "MKL_CBWR",
+    "MKL_DEBUG_CPU_TYPE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
 
 
 class EnvironmentRefused(RuntimeError):
@@ -24,10 +39,21 @@ class Machine:
     device: torch.device
     precision: str
     impl: str
+    threads: int = 1
 
     def autocast(self) -> torch.autocast:
         """bf16 matrix products where the precision asks for them."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def record(self) -> dict[str, str]:
+        """What a checkpoint and a certificate keep of it; runs with equal records and recipes have equal bits."""
+        return {
+            "device": self.device.type,
+            "precision": self.precision,
+            "impl": self.impl,
+            "threads": str(self.threads),
+            "fingerprint": fingerprint(self.device),
+        }
 
 
 def enter(*, threads: int, precision: str, impl: str, device: str | None = None) -> Machine:
@@ -40,7 +66,7 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
         device: "cpu", "cuda" or "cuda:N"; None takes a GPU where there is one.
     Raises:
         ValueError: an argument names something this machine does not have.
-        EnvironmentRefused: a setting that comes too late to change.
+        EnvironmentRefused: a variable makes libraries choose other code, or a setting comes too late to change.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and not torch.cuda.is_available():
@@ -53,20 +79,86 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
         raise ValueError("precision 'tf32' needs a CUDA device")
     if impl == "auto":
         impl = "triton" if place.type == "cuda" else "eager"
+    for variable in FORBIDDEN_VARIABLES:
+        if variable in os.environ:
+            raise EnvironmentRefused(
+                f"{variable} must not be set, it is {os.environ[variable]!r} and changes how matrix products are "
+                f"computed: unset {variable} and start again"
+            )
     if place.type == "cuda":
         _fix_cublas_workspace()
-    torch.set_num_threads(threads)
+    machine = Machine(device=place, precision=precision, impl=impl, threads=threads)
+    _set_state(machine)
+    check_state(machine)
+    return machine
+
+
+def check_state(machine: Machine) -> None:
+    """Check that the process still is in the state that `enter` put it into.
+
+    Raises:
+        EnvironmentRefused: something changed a flag or the number of threads, or did not let them be set.
+    """
+    tf32 = machine.precision == "tf32"
+    try:
+        found = {
+            "torch.get_num_threads()": (torch.get_num_threads(), machine.threads),
+            "torch.are_deterministic_algorithms_enabled()": (torch.are_deterministic_algorithms_enabled(), True),
+            "torch.backends.cudnn.benchmark": (torch.backends.cudnn.benchmark, False),
+            "torch.backends.cudnn.deterministic": (torch.backends.cudnn.deterministic, True),
+            "torch.backends.cuda.matmul.allow_tf32": (torch.backends.cuda.matmul.allow_tf32, tf32),
+            "torch.backends.cudnn.allow_tf32": (torch.backends.cudnn.allow_tf32, tf32),
+            "torch.get_float32_matmul_precision()": (
+                torch.get_float32_matmul_precision(),
+                "high" if tf32 else "highest",
+            ),
+            "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction": (
+                torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+                False,
+            ),
+        }
+    except RuntimeError as error:
+        # PyTorch refuses to read its TF32 flags where they were set in two ways
+        raise EnvironmentRefused(f"{error}: start a process in which nothing else sets precision flags") from error
+    for name, (value, wanted) in found.items():
+        if value != wanted:
+            raise EnvironmentRefused(
+                f"{name} must be {wanted}, it is {value}: something in this process changed it, or the variables "
+                "OMP_THREAD_LIMIT and OMP_DYNAMIC do not let it be set; start again without that"
+            )
+
+
+def fingerprint(device: torch.device | str = "cpu") -> str:
+    """Name what the bits of a run may depend on beside its recipe: processor or GPU architecture, and libraries.
+
+    On a CPU matrix libraries choose code by vendor, family, model and instruction set. On a GPU they choose it by
+    architecture and number of multiprocessors, and Triton compiles the kernels.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        place = f"sm_{card.major}{card.minor} with {card.multi_processor_count} multiprocessors"
+        return f"{place}, torch {torch.__version__}, triton {importlib.metadata.version('triton')}"
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    info = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
+    place = f"{info.get('vendor_id')} family {info.get('cpu family')} model {info.get('model')}"
+    return f"{place} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__.split('+')[0]}"
+
+
+def _set_state(machine: Machine) -> None:
+    torch.set_num_threads(machine.threads)
     torch.use_deterministic_algorithms(True)
     # a property of the module, which type checkers do not see
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    tf32 = precision == "tf32"
+    tf32 = machine.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    return Machine(device=place, precision=precision, impl=impl)
 
 
 def _fix_cublas_workspace() -> None:

@@ -14,24 +14,24 @@ import torch
 
 from perceiver.model import Perceiver
 from perceiver.score import ScorePool
+from train.batches import StageBatches, stage_data
+from train.certificate import write_certificate
 from train.checkpoint import Checkpoint, load_newest, save_checkpoint, tensors_digest
-from train.config import ROOT, Recipe, StageConfig, recipe_to_dict
-from train.data import StageData, describe_coverage, load_stage_data
-from train.determinism import Machine, enter
+from train.config import Recipe, StageConfig, recipe_to_dict
+from train.data import StageData, describe_coverage
+from train.determinism import Machine, check_state, enter
 from train.evaluate import Evaluation, evaluate, format_scores, write_scores
 from train.examples import write_examples
 from train.optim import build_optimizer
-from train.order import batch_indices, batches_per_epoch, epoch_order
 from train.rundir import RunDirectory, RunRefused
 from train.signals import RunStopped, signals_noted
 from train.speed import StepClock
 from train.starting_point import StartPoint
 from train.step import StepResult, mean_loss, update
+from train.trace import CHECKED_STEPS, Trace, state_tensors
 
 COLLAPSED_MASS = 0.05
 MAX_TEMPERATURE = 55.0
-# a certificate replays the last updates of a stage from the state saved before them
-TAIL_STEPS = 20
 
 
 class RunDiverged(RuntimeError):
@@ -62,8 +62,10 @@ def run(
         RunRefused: the directory is in use, cannot be written, or holds something else.
         RunStopped: SIGINT or SIGTERM; the state is saved.
         RunDiverged: the loss is not finite, everything went to the dustbin, or a temperature left its range.
-    Determinism: weights, optimizer state and metrics.jsonl are the same bits for the same recipe, data and machine,
-        however often the run was stopped.
+        EnvironmentRefused: the process is not deterministic, see `enter`.
+        OSError: the disk refused; the last checkpoint is untouched and the run goes on from it.
+    Determinism: weights, optimizer state, metrics.jsonl and trace.jsonl are the same bits for the same recipe, data
+        and machine, however often the run was stopped.
     """
     machine = enter(threads=recipe.threads, precision=recipe.precision, impl=recipe.impl, device=device)
     directory = RunDirectory(run_dir)
@@ -97,6 +99,7 @@ class _Trainer:
         self.progress, self.say = progress, say
         self.model = Perceiver(recipe.model, seed=recipe.seed).to(machine.device)
         self.optimizer = build_optimizer(self.model, recipe.optim)
+        self.trace = Trace(recipe, lambda lines: directory.extend("trace", lines))
         self.step = 0
         self._data: StageData | None = None
         self._data_uri = ""
@@ -108,10 +111,10 @@ class _Trainer:
             checkpoint, damage = found
             if damage:
                 self.say(f"{damage}; going on from the one before it, step {checkpoint.step:,}")
-            if checkpoint.machine != self._machine_record():
+            if checkpoint.machine != self.machine.record():
                 raise RunRefused(
                     f"run directory {self.directory.path} was computed with {dict(checkpoint.machine)}, this process "
-                    f"has {self._machine_record()}: other arithmetic gives other bits"
+                    f"has {self.machine.record()}: other arithmetic gives other bits"
                 )
             self.model.load_state_dict(checkpoint.model)
             self.optimizer.load_state_dict(dict(checkpoint.optimizer))
@@ -122,33 +125,32 @@ class _Trainer:
                 self.optimizer.load_state_dict(dict(start.loaded.optimizer))
             self.step = self.recipe.start_of(start.stage - 1)
         self.directory.cut_logs(self.step)
+        if not found and not self.directory.read("trace"):
+            stage, origin = (start.stage, start.loaded.record) if start else (1, None)
+            self.trace.start(self.step, stage, origin, self._state())
 
     def train_stage(self, number: int, stage: StageConfig, caught: list[int]) -> None:
         """Make the updates from the current step to the stage's end, with all that happens on the way."""
+        check_state(self.machine)
         data = self._load(number, stage)
-        train = data.train.rows.to(self.machine.device)
+        batches = StageBatches(self.recipe, number, data, self.machine.device)
         first = self.recipe.start_of(number - 1)
-        per_epoch = batches_per_epoch(len(data.train), stage.batch)
         clock = StepClock(self.step)
-        epoch, order = -1, torch.empty(0)
-        if self.step == first and stage.until - TAIL_STEPS <= first:
+        if self.step == first and stage.until - CHECKED_STEPS <= first:
             self._save(self.directory.stage_tail(number))
         with self._bar(number, stage, first) as bar:
             while self.step < stage.until:
-                if (self.step - first) // per_epoch != epoch:
-                    epoch = (self.step - first) // per_epoch
-                    order = epoch_order(data.train.order_ids, self.recipe.seed, epoch)
-                index_B = batch_indices(order, (self.step - first) % per_epoch, stage.batch)
                 self.step += 1
                 result = update(
                     self.model,
                     self.optimizer,
-                    train.rows(index_B.to(self.machine.device)),
+                    batches.at(self.step),
                     step=self.step,
                     stage=stage,
                     recipe=self.recipe,
                     machine=self.machine,
                 )
+                self.trace.step(self.step, number, result, self.optimizer.param_groups[0]["lr"], self._state)
                 bar.update()
                 if self.step % self.recipe.log_every == 0 or self.step == stage.until:
                     line = self._log(number, stage, result)
@@ -164,15 +166,18 @@ class _Trainer:
         """What is due after this step: evaluation, the stage's end, checkpoints."""
         recipe, step = self.recipe, self.step
         ended = step == stage.until
+        checkpoint_due = ended or step % recipe.checkpoint_every == 0
+        if checkpoint_due or step == stage.until - CHECKED_STEPS:
+            self.trace.tensors(step, number, self._state())
         if ended:
             self._end_stage(number, stage, data)
         elif recipe.evaluate.every and step % recipe.evaluate.every == 0:
             self._evaluate(number, stage, data, scenes=recipe.evaluate.scenes)
-        if step == stage.until - TAIL_STEPS:
+        if step == stage.until - CHECKED_STEPS:
             self._save(self.directory.stage_tail(number))
         if recipe.keep_every and step % recipe.keep_every == 0:
             self._save(self.directory.path / f"step{step:06d}.pt")
-        if ended or step % recipe.checkpoint_every == 0:
+        if checkpoint_due:
             self._save(self.directory.checkpoint)
 
     def _end_stage(self, number: int, stage: StageConfig, data: StageData) -> None:
@@ -208,6 +213,9 @@ class _Trainer:
                 postprocess=self.recipe.postprocess,
             )
             self.say(format_scores(evaluation, set_name="dev"))
+        if number == len(self.recipe.stages):
+            self.trace.flush()
+            write_certificate(self.directory, self.recipe, self.machine)
 
     def _evaluate(self, number: int, stage: StageConfig, data: StageData, *, scenes: int) -> Evaluation | None:
         """Log the loss on training and dev scenes without noise, and the score of the dev scenes."""
@@ -245,6 +253,7 @@ class _Trainer:
 
     def _log(self, number: int, stage: StageConfig, result: StepResult) -> dict[str, float]:
         """Write the metrics of this step; stop a run that has nothing left to learn from."""
+        self.trace.flush()
         line = {name: float(value) for name, value in result.loss._asdict().items()}
         line["loss"] = line.pop("total")
         line["grad_norm"] = float(result.grad_norm)
@@ -267,14 +276,7 @@ class _Trainer:
     def _load(self, number: int, stage: StageConfig) -> StageData:
         """Load the stage's rows, note them in the metrics, and refuse rows that changed since the run began."""
         if self._data is None or self._data_uri != stage.data:
-            bad = self.recipe.data.bad_samples
-            self._data = load_stage_data(
-                stage.data,
-                dev_uris=[s.data for s in self.recipe.stages],
-                bad_samples=ROOT / bad if bad else None,
-                strict=self.recipe.data.strict,
-                published_split=self.recipe.data.published_split,
-            )
+            self._data = stage_data(self.recipe, number)
             self._data_uri = stage.data
             self.say(self._data.describe())
             self.say(describe_coverage(stage.data, self._data.dev.scenes))
@@ -289,7 +291,11 @@ class _Trainer:
             raise RunRefused(f"{stage.data} holds other rows than when this run began: its digest is another one")
         return data
 
+    def _state(self) -> dict[str, torch.Tensor]:
+        return state_tensors(self.model.state_dict(), self.optimizer.state_dict())
+
     def _save(self, path: Path) -> None:
+        self.trace.flush()
         self.directory.flush_logs()
         save_checkpoint(
             path,
@@ -298,12 +304,9 @@ class _Trainer:
                 model=self.model.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 recipe=recipe_to_dict(self.recipe),
-                machine=self._machine_record(),
+                machine=self.machine.record(),
             ),
         )
-
-    def _machine_record(self) -> dict[str, str]:
-        return {"precision": self.machine.precision, "impl": self.machine.impl, "device": self.machine.device.type}
 
     def _bar(self, number: int, stage: StageConfig, first: int):
         from tqdm import tqdm

@@ -1,14 +1,15 @@
 """A run's directory: locked by one process, its recipe fixed, its logs cut back to the checkpoint on resume.
 
-config.json    the resolved recipe         metrics.jsonl  deterministic values only
-speed.jsonl    times, rates, memory        checkpoint.pt  the newest state; stage<k>.pt the state after stage k
+config.json    the resolved recipe         metrics.jsonl     deterministic values only; trace.jsonl likewise
+speed.jsonl    times, rates, memory        checkpoint.pt     the newest state; stage<k>.pt the state after stage k
+                                           certificate.json  what a stranger needs to check the run
 """
 
 import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,21 @@ class RunDirectory:
             )
 
     def append(self, log: str, **values: Any) -> None:
-        """Append one line to `<log>.jsonl`."""
-        with (self.path / f"{log}.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Append one line to `<log>.jsonl`; see `extend`."""
+        self.extend(log, [values])
+
+    def extend(self, log: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Append lines to `<log>.jsonl`.
+
+        Raises:
+            OSError: the disk refused, naming the file; half a line may be left, which `cut_logs` drops.
+        """
+        path = self.path / f"{log}.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def flush_logs(self) -> None:
         """Make the logs safe on the disk before a checkpoint claims their steps."""
@@ -94,7 +107,12 @@ class RunDirectory:
     def read(self, log: str) -> list[Mapping[str, Any]]:
         """The lines of `<log>.jsonl`; empty where there is no such file."""
         path = self.path / f"{log}.jsonl"
-        return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
+        return [*read_log(path)] if path.exists() else []
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log as values, without one that a crash left half-written."""
+    return [json.loads(line) for line in whole_lines(path)]
 
 
 def whole_lines(path: Path) -> list[str]:

@@ -1,0 +1,49 @@
+"""Which rows an update trains on: a pure function of the recipe, the data and the step; for training and for replay."""
+
+import torch
+
+from perceiver.scene import SceneBatch
+from train.config import ROOT, Recipe
+from train.data import StageData, load_stage_data
+from train.order import batch_indices, batches_per_epoch, epoch_order
+
+
+def stage_data(recipe: Recipe, number: int) -> StageData:
+    """Load the rows of stage `number`, counted from 1.
+
+    Raises:
+        SourceError, RowError: see `load_stage_data`.
+    """
+    bad = recipe.data.bad_samples
+    return load_stage_data(
+        recipe.stages[number - 1].data,
+        dev_uris=[stage.data for stage in recipe.stages],
+        bad_samples=ROOT / bad if bad else None,
+        strict=recipe.data.strict,
+        published_split=recipe.data.published_split,
+    )
+
+
+class StageBatches:
+    """The batches of stage `number`, counted from 1; epochs count from the stage's start."""
+
+    def __init__(self, recipe: Recipe, number: int, data: StageData, device: torch.device):
+        self._stage, self._first = recipe.stages[number - 1], recipe.start_of(number - 1)
+        self._seed, self._order_ids, self._device = recipe.seed, data.train.order_ids, device
+        self._rows = data.train.rows.to(device)
+        self._per_epoch = batches_per_epoch(len(data.train), self._stage.batch)
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def at(self, step: int) -> SceneBatch:
+        """Return the rows of update `step`, as stored, on the device.
+
+        Raises:
+            ValueError: the update belongs to another stage.
+        """
+        if not self._first < step <= self._stage.until:
+            raise ValueError(f"step must be in [{self._first + 1}, {self._stage.until}], got {step}")
+        epoch, place = divmod(step - 1 - self._first, self._per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self._order_ids, self._seed, epoch)
+        index_B = batch_indices(self._order, place, self._stage.batch)
+        return self._rows.rows(index_B.to(self._device))

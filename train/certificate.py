@@ -1,0 +1,208 @@
+"""certificate.json: what a stranger needs to check a run in minutes, written when its last stage ends.
+
+Format 1 is one JSON object:
+
+    format        1
+    recipe        the resolved recipe
+    environment   device, precision, impl, threads, fingerprint (what bits may depend on; runs are compared by it),
+                  and for the reader torch, triton, python, cpu capability, gpu
+    code          digest: SHA-256 over path and content of the sources of kernels, perceiver, train and configs; files
+    kernels       cubins: {kernel: [SHA-256 of its machine code, ...]}, or null with `why`
+    start         the first line of the trace: the state before the first update, and the file it came from
+    data          per stage uri, train_digest, dev_digest (SHA-256 of the rows in their order) and what became of rows
+    first         the trace lines of the first 20 updates, or of all of the first stage where it is shorter
+    stages        per stage: stage, name, step (its end), weights (SHA-256), state (digest of weights and optimizer),
+                  tail (step and state of stage<k>_tail.pt, 20 updates before the end), last (trace lines after it),
+                  parents: digests of what the state was computed from: the state before, recipe, code, data
+    scores        the final scores, or null
+
+Digests of states and the form of trace lines are those of `train.trace`. `python -m train verify certificate.json`
+checks it. Nothing in it varies between two runs of one recipe on one kind of machine.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.checkpoint import write_atomically
+from train.config import ROOT, Recipe, recipe_to_dict
+from train.determinism import Machine
+from train.rundir import RunDirectory
+from train.trace import CHECKED_STEPS, Line
+
+FORMAT = 1
+_ROOMS = ("configs", "kernels", "perceiver", "train")
+_SOURCES = (".py", ".json", ".txt", ".html")
+
+
+class CertificateError(ValueError):
+    """A certificate that cannot be read, or that contradicts itself: says where."""
+
+
+def write_certificate(directory: RunDirectory, recipe: Recipe, machine: Machine) -> dict[str, Any]:
+    """Write certificate.json from the logs of a run whose last stage has ended, and return it.
+
+    Raises:
+        CertificateError: the logs lack a line that it needs.
+        OSError: the disk refused.
+    """
+    metrics, trace = directory.read("metrics"), directory.read("trace")
+    code, files = code_digest()
+    start = _only(trace, kind="start")
+    scores = directory.path / "scores.json"
+    stages: list[dict[str, Any]] = []
+    data = [{k: v for k, v in line.items() if k not in ("kind", "step")} for line in metrics if line["kind"] == "data"]
+    for number, stage in enumerate(recipe.stages[start["stage"] - 1 :], start=start["stage"]):
+        tail = max(stage.until - CHECKED_STEPS, recipe.start_of(number - 1))
+        before = stages[-1]["state"] if stages else start["state"]
+        rows = next(line for line in data if line["stage"] == number)
+        stages.append(
+            {
+                "stage": number,
+                "name": stage.name,
+                "step": stage.until,
+                "weights": _only(metrics, kind="stage", stage=number)["weights"],
+                "state": _only(trace, kind="step", step=stage.until)["state"],
+                "tail": {"step": tail, "state": _state_at(trace, tail)},
+                "last": _updates(trace, tail, stage.until),
+                "parents": {
+                    "state": before,
+                    "recipe": value_digest(recipe_to_dict(recipe)),
+                    "code": code,
+                    "data": value_digest(rows),
+                },
+            }
+        )
+    first_end = min(start["step"] + CHECKED_STEPS, stages[0]["step"])
+    certificate = {
+        "format": FORMAT,
+        "recipe": recipe_to_dict(recipe),
+        "environment": describe_environment(machine),
+        "code": {"digest": code, "files": files},
+        "kernels": describe_kernels(machine),
+        "start": start,
+        "data": data,
+        "first": _updates(trace, start["step"], first_end),
+        "stages": stages,
+        "scores": json.loads(scores.read_text()) if scores.is_file() else None,
+    }
+    write_atomically(directory.path / "certificate.json", (json.dumps(certificate, indent=1) + "\n").encode())
+    return certificate
+
+
+def read_certificate(path: Path) -> dict[str, Any]:
+    """Read a certificate and check that the parents of its stages are what it says elsewhere.
+
+    Raises:
+        CertificateError: it is not there, is no certificate, is of another format, or contradicts itself.
+    """
+    try:
+        certificate = json.loads(path.read_text())
+        if certificate["format"] != FORMAT:
+            raise CertificateError(f"{path} is a certificate of format {certificate['format']}, known is {FORMAT}")
+        before = certificate["start"]["state"]
+        for stage in certificate["stages"]:
+            rows = next(line for line in certificate["data"] if line["stage"] == stage["stage"])
+            said = {
+                "state": before,
+                "recipe": value_digest(certificate["recipe"]),
+                "code": certificate["code"]["digest"],
+                "data": value_digest(rows),
+            }
+            wrong = [name for name, value in said.items() if stage["parents"][name] != value]
+            if wrong:
+                raise CertificateError(
+                    f"{path} contradicts itself: stage {stage['stage']} was computed from another {wrong[0]} "
+                    f"({stage['parents'][wrong[0]]}) than it holds ({said[wrong[0]]})"
+                )
+            before = stage["state"]
+    except CertificateError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise CertificateError(f"{path} is not a certificate: {type(error).__name__} {error}") from error
+    return certificate
+
+
+def code_digest(root: Path = ROOT) -> tuple[str, int]:
+    """Return the SHA-256 over path and content of all sources of a run, wherever they lie, and their number."""
+    digest = hashlib.sha256()
+    paths = sorted(
+        path.relative_to(root).as_posix()
+        for room in _ROOMS
+        for path in (root / room).rglob("*")
+        if path.suffix in _SOURCES and path.is_file()
+    )
+    for name in paths:
+        content = (root / name).read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest(), len(paths)
+
+
+def value_digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def describe_environment(machine: Machine) -> dict[str, Any]:
+    """Where a run was computed: what its bits may depend on, and what the reader wants to know."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    return {
+        **machine.record(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else None,
+    }
+
+
+def describe_kernels(machine: Machine) -> dict[str, Any]:
+    """The machine code that ran: SHA-256 of the cubins that this process compiled or loaded for this project."""
+    if machine.device.type != "cuda":
+        return {"cubins": None, "why": "no kernel ran on a GPU"}
+    if machine.impl != "triton":
+        return {"cubins": None, "why": f"the run computed with impl {machine.impl!r}"}
+    return {"cubins": loaded_cubins(machine.device.index or 0)}
+
+
+def loaded_cubins(device: int) -> dict[str, list[str]]:
+    """Return, for each Triton kernel of the package `kernels` that ran on a device, the SHA-256 of its machine code."""
+    import sys
+
+    from triton.runtime.jit import JITFunction
+
+    found: dict[str, set[str]] = {}
+    for name, module in sorted(sys.modules.items()):
+        for function in vars(module).values() if name.startswith("kernels.") else ():
+            if isinstance(function, JITFunction) and device in function.device_caches:
+                compiled = function.device_caches[device][0].values()
+                cubins = {hashlib.sha256(kernel.asm["cubin"]).hexdigest() for kernel in compiled}
+                if cubins:
+                    found.setdefault(function.__name__, set()).update(cubins)
+    return {name: sorted(cubins) for name, cubins in sorted(found.items())}
+
+
+def _updates(trace: Iterable[Line], after: int, until: int) -> list[Line]:
+    return [line for line in trace if line["kind"] == "step" and after < line["step"] <= until]
+
+
+def _state_at(trace: list[Line], step: int) -> str:
+    """The state's digest after an update, or before the first one."""
+    return next(line["state"] for line in reversed(trace) if line["step"] == step and "state" in line)
+
+
+def _only(lines: Iterable[Mapping[str, Any]], **values: Any) -> dict[str, Any]:
+    """The line with these values."""
+    for line in lines:
+        if values.items() <= line.items():
+            return dict(line)
+    raise CertificateError(f"the logs of the run have no line with {values}")
