@@ -50,6 +50,8 @@ def sinkhorn(
     """Solve a batch of ragged transport problems by Sinkhorn's iteration, differentiably."""
     _check(cost_BNM, rows_B, cols_B, eps, iterations, dustbin, slack, log_a_BN, log_b_BM, _path)
     impl = resolve(impl, cost_BNM.device)
+    if impl == "triton" and cost_BNM.dtype == torch.float64:
+        raise ValueError("cost must not be float64 with impl='triton'")
     if isinstance(dustbin, float | int):
         dustbin = cost_BNM.new_full((), dustbin, dtype=_inner(cost_BNM.dtype))
     marginals = (rows_B, cols_B, dustbin, log_a_BN, log_b_BM)
@@ -166,7 +168,11 @@ def sinkhorn_forward(
     Z, log_mass_a, log_mass_b, total, shift = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack)
     P, potentials, scales = sinkhorn_eager.solve(Z, log_mass_a, log_mass_b, iterations, shift, path)
     P = (P * total).to(cost.dtype)
-    return P[:, :N, :M].contiguous(), P[:, :N, M].contiguous(), P[:, N, :M].contiguous(), potentials, scales
+    # clones, since an operator may not return views
+    plan, row_slack, col_slack = (
+        x.clone(memory_format=torch.contiguous_format) for x in (P[:, :N, :M], P[:, :N, M], P[:, N, :M])
+    )
+    return plan, row_slack, col_slack, potentials, scales
 
 
 @torch.library.custom_op("ridgeline::sinkhorn_backward", mutates_args=())
@@ -186,7 +192,7 @@ def sinkhorn_backward(
     slack: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of cost, dustbin [B], log a [B, N] and log b [B, M], item by item."""
+    """Return the gradients of cost, dustbin [B], log a and log b (shape [0] where there are none), item by item."""
     if impl == "triton":
         return sinkhorn_small.sinkhorn_small_backward(
             grad_plan, grad_row_slack, grad_col_slack, cost, rows, cols, dustbin, log_a, log_b,
@@ -200,12 +206,10 @@ def sinkhorn_backward(
     grad_cost = (grad_Z[:, :N, :M] / -eps).to(cost.dtype)
     grad_dustbin = (grad_Z[:, :, M].sum(1) + grad_Z[:, N, :M].sum(1)) / -eps
     # with weights a bin's mass is the total of the other side
-    return (
-        grad_cost,
-        grad_dustbin,
-        grad_a[:, :N] + _share(log_mass_a[:, :N], log_mass_b[:, M:]) * grad_b[:, M:],
-        grad_b[:, :M] + _share(log_mass_b[:, :M], log_mass_a[:, N:]) * grad_a[:, N:],
-    )
+    grad_a, grad_a_bin = grad_a[:, :N] + _share(log_mass_a[:, :N], log_mass_b[:, M:]) * grad_b[:, M:], grad_a[:, N:]
+    grad_b = grad_b[:, :M] + _share(log_mass_b[:, :M], log_mass_a[:, N:]) * grad_a_bin
+    nothing = cost.new_empty(0, dtype=grad_a.dtype)
+    return grad_cost, grad_dustbin, nothing if log_a is None else grad_a, nothing.clone() if log_b is None else grad_b
 
 
 def _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack):
@@ -240,13 +244,13 @@ def _(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack, path, imp
 
 
 @sinkhorn_backward.register_fake
-def _(grad_plan, grad_row_slack, grad_col_slack, cost, *rest):
+def _(grad_plan, grad_row_slack, grad_col_slack, cost, rows, cols, dustbin, log_a, log_b, *rest):
     (B, N, M), dtype = cost.shape, _inner(cost.dtype)
     return (
         cost.new_empty(B, N, M),
         cost.new_empty(B, dtype=dtype),
-        cost.new_empty(B, N, dtype=dtype),
-        cost.new_empty(B, M, dtype=dtype),
+        cost.new_empty((0,) if log_a is None else (B, N), dtype=dtype),
+        cost.new_empty((0,) if log_b is None else (B, M), dtype=dtype),
     )
 
 

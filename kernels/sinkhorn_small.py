@@ -1,6 +1,7 @@
 """Sinkhorn for tiles to 128x128: one launch solves the batch, one differentiates it; one program per item.
 
-An item's bits depend on its own values and on the tile that holds N and M, not on the batch, its neighbours or strides.
+An item's bits depend on its own values alone: not on the batch, its neighbours, strides or padding. Every tile lies in
+the threads in the same way, so that a larger one only adds zeros at the end of each sum.
 """
 
 import torch
@@ -23,13 +24,8 @@ from kernels.sinkhorn_tile import (
 )
 
 MAX_TILE = 128
-# (rows, columns) of the tile -> (N0, M0, warps) of the forward and of the backward kernel
-LAUNCH = {
-    (64, 64): ((16, 8, 4), (16, 16, 8)),
-    (64, 128): ((16, 16, 8), (16, 16, 8)),
-    (128, 64): ((16, 16, 8), (16, 16, 8)),
-    (128, 128): ((16, 16, 8), (32, 16, 16)),
-}
+# rows and columns side by side in the threads of a program, for every architecture, tile and direction
+LAYOUT = {"N0": 16, "M0": 16, "num_warps": 8}
 PATHS = {"auto": AUTO.value, "log": LOG.value, "scaling": SCALING.value}
 # strides and sizes, were they specialised on, would choose the layout and with it the order of the sums
 UNSPECIALIZED = ["N", "M", "iterations", *(f"{name}_{axis}" for name in ("cost", "grad") for axis in "bnm")]
@@ -53,7 +49,7 @@ def sinkhorn_small_forward(
     history = cost.new_empty(B, N + M + 2, iterations + 1, dtype=torch.float32)
     scales = cost.new_empty(B, dtype=torch.bool)
     if B:
-        problem, settings = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack, 0)
+        problem, settings = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack)
         _sinkhorn_fwd_kernel[(B,)](*problem, plan, row_slack, col_slack, history, scales, PATH=PATHS[path], **settings)
     return plan, row_slack, col_slack, history, scales
 
@@ -73,12 +69,13 @@ def sinkhorn_small_backward(
     eps: float,
     slack: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of cost, dustbin [B], log a [B, N] and log b [B, M], item by item."""
+    """Return the gradients of cost, dustbin [B], log a and log b (shape [0] where there are none), item by item."""
     B, N, M = cost.shape
     grad_cost = cost.new_empty(B, N, M)
-    grad_dustbin, grad_a, grad_b = (cost.new_empty(shape, dtype=torch.float32) for shape in ((B,), (B, N), (B, M)))
+    shapes = (B,), (0,) if log_a is None else (B, N), (0,) if log_b is None else (B, M)
+    grad_dustbin, grad_a, grad_b = (cost.new_empty(shape, dtype=torch.float32) for shape in shapes)
     if B:
-        problem, settings = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, history.shape[2] - 1, slack, 1)
+        problem, settings = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, history.shape[2] - 1, slack)
         _sinkhorn_bwd_kernel[(B,)](
             *problem, grad_plan, *grad_plan.stride(), grad_row_slack.contiguous(), grad_col_slack.contiguous(),
             history, scales, grad_cost, grad_dustbin, grad_a, grad_b, **settings,
@@ -86,15 +83,13 @@ def sinkhorn_small_backward(
     return grad_cost, grad_dustbin, grad_a, grad_b
 
 
-def _problem(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack, direction):
-    """Return the arguments that say what is to be solved, and the compile-time ones of one direction."""
+def _problem(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack):
+    """Return the arguments that say what is to be solved, and the compile-time ones."""
     N, M = cost.shape[1:]
     vectors = (None if x is None else x.contiguous() for x in (rows, cols, log_a, log_b))
     problem = (cost, *cost.stride(), *vectors, dustbin, N, M, iterations, -1.0 / eps)
-    tile = (64 if N <= 64 else MAX_TILE, 64 if M <= 64 else MAX_TILE)
-    N0, M0, warps = LAUNCH[tile][direction]
-    sizes = {"BLOCK_N": tile[0], "BLOCK_M": tile[1], "N0": N0, "M0": M0}
-    return problem, {"MINIMAL": slack == "minimal", **sizes, "num_warps": warps}
+    tile = {"BLOCK_N": 64 if N <= 64 else MAX_TILE, "BLOCK_M": 64 if M <= 64 else MAX_TILE}
+    return problem, {"MINIMAL": slack == "minimal", **tile, **LAYOUT}
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -186,12 +181,14 @@ def _sinkhorn_bwd_kernel(
     dZ, dz, da, da_bin, db, db_bin = reverse_tile(G, Gr, Gc, Z, z, masses, history, scales, SHIFT)
     tl.store(grad_cost_ptr + (item * N + row) * M + col, neg_inv_eps * dZ, (row < N) & (col < M))
     tl.store(grad_dustbin_ptr + item + tl.zeros([1, 1, 1, 1], tl.int32), neg_inv_eps * dz)
-    if log_a_ptr is not None or log_b_ptr is not None:
+    # with weights a_bin = sum b and b_bin = sum a
+    if log_a_ptr is not None:
         if dustbin_ptr is not None:
-            # a_bin = sum b, b_bin = sum a
             da += db_bin * tl.where(log_a != -INF, tl.exp(log_a - log_b_bin), 0.0)
-            db += da_bin * tl.where(log_b != -INF, tl.exp(log_b - log_a_bin), 0.0)
         tl.store(grad_log_a_ptr + item * N + row, da, row < N)
+    if log_b_ptr is not None:
+        if dustbin_ptr is not None:
+            db += da_bin * tl.where(log_b != -INF, tl.exp(log_b - log_a_bin), 0.0)
         tl.store(grad_log_b_ptr + item * M + col, db, col < M)
 
 
