@@ -1,9 +1,13 @@
 """The loop: what a run leaves, that it stops and goes on without a trace, and when it gives up."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from train.checkpoint import load_checkpoint
 from train.compare import compare_runs
 from train.config import load_recipe
 from train.loop import RunDiverged, run
-from train.rundir import RunRefused
+from train.rundir import RunRefused, read_log
 from train.signals import RunStopped
 from train.starting_point import load_start
 from train.step import update
@@ -39,6 +43,7 @@ def _stop_at(monkeypatch, at):
 
 def test_a_run_leaves_what_it_promises(finished):
     names = {p.name for p in finished.iterdir()}
+    assert {"trace.jsonl", "certificate.json"} <= names
     assert {"config.json", "metrics.jsonl", "speed.jsonl", "checkpoint.pt", "step000007.pt", "step000014.pt"} <= names
     assert {f"stage{k}{part}.pt" for k in (1, 2, 3) for part in ("", "_tail")} <= names
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -80,6 +85,94 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(finished, tmp_path, monk
     assert train_quietly(recipe, tmp_path / "run")
     assert compare_runs(finished, tmp_path / "run").differences == ()
     assert final_state(finished) == final_state(tmp_path / "run")
+
+
+def test_the_trace_has_every_step_and_every_scheduled_checkpoint(finished):
+    lines = read_log(finished / "trace.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 21))
+    assert [line["step"] for line in lines if line["kind"] == "tensors"] == [3, 6, 8, 9, 12, 15, 18, 20]
+    assert [line["step"] for line in lines if line["kind"] == "start"] == [0]
+    metrics = [line for line in read_log(finished / "metrics.jsonl") if line["kind"] == "train"]
+    for line, said in zip([line for line in lines if line["kind"] == "step"], metrics, strict=True):
+        assert {name: float.fromhex(line[name]) for name in said.keys() - {"kind", "step", "stage", "tau"}} == {
+            name: said[name] for name in said.keys() - {"kind", "step", "stage", "tau"}
+        }
+
+
+def test_the_trace_of_a_run_that_was_killed_or_stopped_is_byte_for_byte_the_same(finished, tmp_path, monkeypatch):
+    """Stopped before the first checkpoint, killed after it and in a stage's end."""
+    recipe, path = tiny_recipe(keep_every=7), tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    for at in (2, 5, 9, 20):
+
+        def killed(*args, step, at=at, **kwargs):
+            if step == at:
+                raise Killed
+            return update(*args, step=step, **kwargs)
+
+        monkeypatch.setattr(train.loop, "update", killed)
+        with pytest.raises(Killed):
+            train_quietly(recipe, path)
+    monkeypatch.undo()
+    train_quietly(recipe, path)
+    for name in ("trace.jsonl", "metrics.jsonl", "certificate.json"):
+        assert (path / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_full_disk_under_the_trace_is_said_and_costs_nothing_but_time(finished, tmp_path, monkeypatch):
+    recipe, path = tiny_recipe(keep_every=7), tmp_path / "run"
+    _stop_at(monkeypatch, 5)
+    with pytest.raises(RunStopped):
+        train_quietly(recipe, path)
+    monkeypatch.undo()
+    before = (path / "checkpoint.pt").read_bytes()
+    real = Path.open
+
+    def full(self, mode="r", *args, **kwargs):
+        file = real(self, mode, *args, **kwargs)
+        if self.name == "trace.jsonl" and mode == "a":
+            file.write('{"kind": "st')
+            file.close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return file
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*trace\.jsonl"):
+        train_quietly(recipe, path)
+    monkeypatch.undo()
+    assert (path / "checkpoint.pt").read_bytes() == before
+    train_quietly(recipe, path)
+    assert compare_runs(finished, path).differences == ()
+
+
+# a limit on the size of files, above that of the logs so far and below that of a checkpoint
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+from train.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_under_a_checkpoint_is_said_and_leaves_the_last_one(finished, tmp_path, monkeypatch):
+    recipe, path = dataclasses.replace(tiny_recipe(), keep_every=7), tmp_path / "tiny"
+    _stop_at(monkeypatch, 1)
+    with pytest.raises(RunStopped):
+        train_quietly(recipe, path)
+    monkeypatch.undo()
+    before = (path / "checkpoint.pt").read_bytes()
+    flags = ["--recipe", "tiny", "--runs", str(tmp_path), "--quiet", "--device", "cpu", "--threads", "1"]
+    command = [sys.executable, "-c", LIMITED, "run", *flags, "--evaluate.no-score", "--keep-every", "7"]
+    child = subprocess.run(command, check=False, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert child.returncode == 1, child.stderr
+    assert "File too large" in child.stderr and "checkpoint.pt.new" in child.stderr
+    assert "Make room and run the same command again: it goes on from the last checkpoint" in child.stderr
+    assert (path / "checkpoint.pt").read_bytes() == before
+    train_quietly(recipe, path)
+    assert compare_runs(finished, path).differences == ()
 
 
 def test_a_damaged_checkpoint_costs_nothing_but_time(finished, tmp_path, monkeypatch):
