@@ -1,12 +1,20 @@
 """The deterministic state: what is set, what "auto" becomes, what is refused."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from train.determinism import EnvironmentRefused, _fix_cublas_workspace, enter
+from train.determinism import (
+    FORBIDDEN_VARIABLES,
+    EnvironmentRefused,
+    _fix_cublas_workspace,
+    check_state,
+    enter,
+    fingerprint,
+)
 
 
 def test_the_state_is_entered():
@@ -60,3 +68,69 @@ def test_another_cublas_workspace_is_refused_with_the_cure(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(EnvironmentRefused, match="before CUDA starts, it is None"):
         _fix_cublas_workspace()
+
+
+@pytest.mark.parametrize("variable", FORBIDDEN_VARIABLES)
+def test_a_variable_that_changes_the_arithmetic_is_refused_with_the_cure(variable, monkeypatch):
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(EnvironmentRefused, match=f"{variable} must not be set, it is '1'.*: unset {variable}"):
+        enter(threads=1, precision="fp32", impl="eager", device="cpu")
+
+
+def test_a_thread_count_that_does_not_take_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _threads: None)
+    with pytest.raises(EnvironmentRefused, match=r"torch.get_num_threads\(\) must be 3, it is 1: .*OMP_THREAD_LIMIT"):
+        enter(threads=3, precision="fp32", impl="eager", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("torch.backends.cudnn.benchmark", lambda: setattr(torch.backends.cudnn, "benchmark", True)),
+        ("torch.backends.cuda.matmul.allow_tf32", lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True)),
+        ("torch.are_deterministic_algorithms_enabled", lambda: torch.use_deterministic_algorithms(False)),
+        ("TF32 flags", lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")),
+    ],
+)
+def test_a_flag_that_something_changed_later_is_refused(name, change):
+    machine = enter(threads=1, precision="fp32", impl="eager", device="cpu")
+    check_state(machine)
+    try:
+        change()
+        with pytest.raises(EnvironmentRefused, match=name):
+            check_state(machine)
+    finally:
+        enter(threads=1, precision="fp32", impl="eager", device="cpu")
+
+
+def test_flags_of_other_code_in_the_process_are_overruled():
+    torch.set_float32_matmul_precision("medium")
+    enter(threads=1, precision="fp32", impl="eager", device="cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_record_names_everything_that_bits_may_depend_on():
+    machine = enter(threads=1, precision="bf16", impl="eager", device="cpu")
+    assert machine.record() == {
+        "device": "cpu",
+        "precision": "bf16",
+        "impl": "eager",
+        "threads": "1",
+        "fingerprint": fingerprint("cpu"),
+    }
+
+
+def test_the_fingerprint_sees_the_instruction_set_and_the_release():
+    code = "from train.determinism import fingerprint; print(fingerprint())"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        ).stdout.strip()
+        for capability in ("default", "avx2")
+    }
+    assert len(found) == 2
+    assert all(name.endswith(f"torch {torch.__version__.split('+')[0]}") for name in found)

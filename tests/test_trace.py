@@ -2,6 +2,10 @@
 
 import dataclasses
 import hashlib
+import json
+import tempfile
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +14,33 @@ from kernels.philox import philox_4x32
 from perceiver.model import Perceiver
 from tests.small_models import small_batch
 from tests.tiny_runs import tiny_recipe
-from train.determinism import enter
+from train.determinism import enter, fingerprint
+from train.loop import run
 from train.optim import build_optimizer
+from train.rundir import read_log
 from train.step import update
 from train.trace import Trace, digest, digest_due, state_tensors, tensor_digests
+
+# fingerprint of a machine -> digests of the states after the 20 updates of the recipe tiny, one thread
+GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
+
+
+def golden_states(device: str) -> list[str]:
+    with tempfile.TemporaryDirectory() as path:
+        run(tiny_recipe(), path, device=device, progress=False, say=lambda _line: None)
+        return [line["state"] for line in read_log(Path(path) / "trace.jsonl")[1:] if line["kind"] == "step"]
+
+
+@pytest.mark.filterwarnings("default:no golden trace")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_states_of_the_tiny_recipe_are_the_published_ones(device):
+    known = json.loads(GOLDEN.read_text()).get(fingerprint(device))
+    found = golden_states(device)
+    assert len(set(found)) == 20
+    if known is None:
+        warnings.warn(f"no golden trace for {fingerprint(device)}; python -m tests.test_trace adds it", stacklevel=1)
+    else:
+        assert found == known, f"first at step {next(i for i in range(20) if found[i] != known[i]) + 1}"
 
 
 def long_tensor() -> torch.Tensor:
@@ -142,3 +169,25 @@ def test_digests_are_due_every_so_often_and_where_a_certificate_needs_them():
     )
     recipe = tiny_recipe(stages=stages, trace_every=60)
     assert [step for step in range(1, 201) if digest_due(recipe, step)] == [20, 60, 80, 90, 100, 110, 120, 180, 200]
+
+
+def regenerate() -> None:
+    """Write the golden file anew for this machine and say what changed: python -m tests.test_trace."""
+    known = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        name, found = fingerprint(device), golden_states(device)
+        changed = [
+            step for step, pair in enumerate(zip(found, known.get(name, []), strict=False), 1) if len({*pair}) > 1
+        ]
+        if name not in known:
+            print(f"{name}: new")
+        elif changed:
+            print(f"{name}: other states from step {changed[0]} on, {len(changed)} of {len(found)}")
+        else:
+            print(f"{name}: unchanged")
+        known[name] = found
+    GOLDEN.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    regenerate()
