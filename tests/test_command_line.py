@@ -48,6 +48,27 @@ def test_runs_that_differ_give_exit_code_1_and_the_first_difference(runs, capsys
     assert "differ\n  metrics: first at step 1 (train): " in printed
 
 
+def test_a_run_can_be_checked(runs, tmp_path, capsys):
+    assert main(["verify", str(runs / "tiny" / "certificate.json")]) == 0
+    assert main(["replay", str(runs / "tiny"), "--step", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "certificate.json holds\n  steps 1 to 8: every value the same\n" in printed
+    assert f"yes, step 10 of {runs / 'tiny'} was computed so\n  recomputed steps 9 to 10 from stage1.pt" in printed
+
+
+def test_what_cannot_be_checked_is_exit_code_2_and_what_is_wrong_1(runs, tmp_path, capsys):
+    assert main(["verify", str(tmp_path / "certificate.json")]) == 2
+    assert main(["replay", str(tmp_path), "--step", "1"]) == 2
+    text = (runs / "tiny" / "certificate.json").read_text()
+    (tmp_path / "certificate.json").write_text(text)
+    assert main(["verify", str(tmp_path / "certificate.json")]) == 2
+    (tmp_path / "certificate.json").write_text(text.replace('"seed": 353', '"seed": 354', 1))
+    assert main(["verify", str(tmp_path / "certificate.json")]) == 1
+    printed = capsys.readouterr().out
+    assert "stage1_tail.pt is missing" in printed
+    assert "contradicts itself: stage 1 was computed from another recipe" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

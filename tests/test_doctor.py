@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train import doctor
+from train import determinism, doctor
 from train.doctor import ROOT, Finding, examine, kernels_package, pinned_versions, print_findings, read_pins
 
 
@@ -82,12 +82,37 @@ def test_no_pins_are_said_to_be_unknown(tmp_path):
 
 @pytest.mark.parametrize(("capability", "kernels"), [((7, 5), "note"), ((9, 0), "ok")])
 def test_kernels_are_promised_from_sm_80_on(monkeypatch, capability, kernels):
-    card = SimpleNamespace(name="card", major=capability[0], minor=capability[1], total_memory=2**34)
+    card = SimpleNamespace(
+        name="card", major=capability[0], minor=capability[1], total_memory=2**34, multi_processor_count=108
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     findings = examine()
     assert level_of(findings, "device 0") == kernels and level_of(findings, "Triton kernels") == kernels
+
+
+def test_every_promise_is_said_to_hold_or_why_not(monkeypatch):
+    findings = {finding.name: finding for finding in examine() if finding.topic == "What is promised"}
+    assert [name.partition(" ")[0] for name in findings] == [f"L{level}" for level in range(8)]
+    monkeypatch.setattr(determinism, "fingerprint", lambda _device: "an unknown machine")
+    level_7 = next(finding for finding in examine() if finding.name == "L7 published")
+    assert level_7.level == "note" and "an unknown machine: not listed" in level_7.value
+
+
+def test_an_untested_gpu_is_said(monkeypatch):
+    card = SimpleNamespace(name="card", major=8, minor=6, total_memory=2**34, multi_processor_count=82)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    found = {finding.name: finding for finding in examine()}
+    assert found["L4 training"].level == "note" and "no golden file has this GPU" in found["L4 training"].value
+
+
+def test_a_variable_that_changes_the_arithmetic_is_an_error_with_the_cure(monkeypatch):
+    monkeypatch.setenv("MKL_CBWR", "AVX2")
+    finding = next(finding for finding in examine() if finding.name == "MKL_CBWR")
+    assert finding.level == "error" and "unset MKL_CBWR" in finding.value
 
 
 def test_findings_are_printed_under_their_topic_with_marks(capsys):

@@ -7,6 +7,7 @@ looks for. A finding is "ok", a "note" (something is absent or other than pinned
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import sys
@@ -174,6 +175,12 @@ def _flags(torch: Any) -> Iterator[Finding]:
         yield Finding(topic="Flags at start", name=name, value="on" if value else "off")
     for variable in ("CUBLAS_WORKSPACE_CONFIG", "TRITON_INTERPRET"):
         yield Finding(topic="Flags at start", name=variable, value=os.environ.get(variable, "unset"))
+    from train.determinism import FORBIDDEN_VARIABLES
+
+    for variable in FORBIDDEN_VARIABLES:
+        if variable in os.environ:
+            value = f"{os.environ[variable]}: changes how matrix products are computed; cure: unset {variable}"
+            yield Finding(topic="Flags at start", name=variable, value=value, level="error")
 
 
 def _libraries() -> Iterator[Finding]:
@@ -199,12 +206,45 @@ def _promises(findings: Iterable[Finding]) -> Iterator[Finding]:
         value = "do not run: they need Triton and a GPU from sm_80"
     else:
         value = "run on the GPU"
-    yield Finding(topic=topic, name="Triton kernels", value=value, level="ok" if value.startswith("run") else "note")
+    kernels = value.startswith("run")
+    yield Finding(topic=topic, name="Triton kernels", value=value, level="ok" if kernels else "note")
     pinned = found["pinned"]
-    value = "can be repeated, and compared with a machine of the same CPU family, GPU and thread count"
+    value = "can be repeated, and compared with a machine of the same processor or GPU and thread count"
     if pinned.level == "note":
         value = "can be repeated here; not comparable with the pinned environment's"
     yield Finding(topic=topic, name="bits", value=value, level=pinned.level)
+    yield from _evidence(gpu=card is not None, kernels=kernels)
+
+
+def _evidence(*, gpu: bool, kernels: bool) -> Iterator[Finding]:
+    """The promises about bits, level by level."""
+    from train.determinism import fingerprint
+
+    known = ROOT / "tests" / "golden" / "tiny.json"
+    published = json.loads(known.read_text()) if known.exists() else {}
+    here = fingerprint("cuda" if gpu else "cpu")
+    listed = here in published
+    untested = "" if listed or not gpu else "; no golden file has this GPU: bash reproduce.sh test shows it"
+    level = "note" if untested else "ok"
+    no_kernels = "no kernel runs here; the interpreter runs them in the tests"
+    lines = {
+        "L0 math": ("errors at most twice eager's: tests of each operator", "ok"),
+        "L1 repeat": (f"the same call gives the same bits{untested}", level),
+        "L2 process": (f"so do a new process, cold caches, another hash seed{untested}", level),
+        "L3 place": (f"a scene's bits do not depend on its batch{untested}", level)
+        if kernels
+        else (no_kernels, "note"),
+        "L4 training": (f"two runs of a recipe are identical at every step{untested}", level),
+        "L5 resume": (f"a run stopped anywhere goes on as if it never stopped{untested}", level),
+        "L6 workers": ("several workers give the bits of one", "ok"),
+        "L7 published": (f"{here}: listed in tests/golden", "ok"),
+    }
+    if importlib.util.find_spec("train.workers") is None:
+        lines["L6 workers"] = ("does not hold: training has one worker", "note")
+    if not listed:
+        lines["L7 published"] = (f"{here}: not listed in tests/golden; python -m tests.test_trace adds it", "note")
+    for name, (value, level) in lines.items():
+        yield Finding(topic="What is promised", name=name, value=value, level=level)
 
 
 def main() -> int:
