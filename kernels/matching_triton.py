@@ -76,7 +76,7 @@ def _match_segments_fwd_kernel(
 ):  # fmt: skip
     item = tl.program_id(0).to(tl.int64)
     offs_n, offs_m = row_offsets(BLOCK_N, N0), col_offsets(BLOCK_M, M0)
-    one = tl.zeros([1, 1, 1, 1], tl.int32)
+    scalar = tl.zeros([1, 1, 1, 1], tl.int32)
     m = tl.minimum(tl.maximum(tl.load(gt_count_ptr + item), 0), M).to(tl.int32)
     mask_n, mask_m = offs_n < N, offs_m < m
     predicted = (mid_ptr + item * N * 3, dir_ptr + item * N * 3, len_ptr + item * N, offs_n, mask_n)
@@ -99,8 +99,16 @@ def _match_segments_fwd_kernel(
     first = max_over(tl.where((best == BLOCK_N - offs_n) & mask_m, BLOCK_M - offs_m, 0), 1)
     tl.store(partner_ptr + item * N + offs_n, tl.where(first > 0, BLOCK_M - first, -1), mask_n)
 
+    # endpoint = sum(plan distance) / max(sum plan, 1e-6)
+    total = sum_over(mass, 0)
+    total = tl.where(total < 1e-6, 1e-6, total)
+    distance, order = _endpoint_distance(P, predicted, true)
+    tl.store(endpoint_ptr + item + scalar, sum_over(sum_over(P * distance, 1), 0) / total)
+    if NEED_GRAD:
+        _endpoint_grads(P * (0.5 / total), order, predicted, true, grads_ptr + 7 * N, N)
+
     if EXACT:
-        # what the cost does through the plan
+        # d transport / d cost through the plan; the barrier shows each thread the history that the others stored
         tl.debug_barrier()
         _, _, _, _, cost = _compare(predicted, true, weights)
         G = tl.where(mask_n & mask_m, cost * (factor * share), 0.0)
@@ -109,22 +117,13 @@ def _match_segments_fwd_kernel(
         indirect = dZ * (cost_scale * neg_inv_eps)
 
     # transport = sum(plan cost) / max(m, 1)
-    tl.debug_barrier()
     delta2, facing, chord2, gap, cost = _compare(predicted, true, weights)
-    tl.store(transport_ptr + item + one, sum_over(sum_over(P * cost, 1), 0) * share)
+    tl.store(transport_ptr + item + scalar, sum_over(sum_over(P * cost, 1), 0) * share)
     if NEED_GRAD:
         pull = P * (cost_scale * share)
         if EXACT:
             pull += indirect
         _transport_grads(pull, delta2, facing, chord2, gap, predicted, true, weights, grads_ptr, N)
-
-    # endpoint = sum(plan distance) / max(sum plan, 1e-6)
-    total = sum_over(mass, 0)
-    total = tl.where(total < 1e-6, 1e-6, total)
-    distance, order = _endpoint_distance(P, predicted, true)
-    tl.store(endpoint_ptr + item + one, sum_over(sum_over(P * distance, 1), 0) / total)
-    if NEED_GRAD:
-        _endpoint_grads(P * (0.5 / total), order, predicted, true, grads_ptr + 7 * N, N)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -159,14 +158,15 @@ def _compare(predicted, true, weights):
     gap = _lengths(predicted) - true_len
     delta2, dot, chord2 = tl.zeros_like(gap), tl.zeros_like(gap), tl.zeros_like(gap)
     for axis in range(3):
-        mid, along, true_mid, true_along = _coordinates(predicted, true, axis)
+        mid, true_mid = _midpoints(predicted, true, axis)
+        along, true_along = _directions(predicted, true, axis)
         delta = mid - true_mid
         delta2 += delta * delta
         dot += along * true_along
     # sign = +1 if u_i.u_j >= 0 else -1
     facing = tl.where(dot >= 0, 1.0, -1.0)
     for axis in range(3):
-        _, along, _, true_along = _coordinates(predicted, true, axis)
+        along, true_along = _directions(predicted, true, axis)
         chord = along - facing * _unit(true_along, true_len)
         chord2 += chord * chord
     cost = cost_scale * (tl.sqrt(delta2) + direction_weight * tl.sqrt(chord2) + length_weight * tl.abs(gap))
@@ -181,11 +181,13 @@ def _transport_grads(pull, delta2, facing, chord2, gap, predicted, true, weights
     tl.store(grads_ptr + 6 * N + offs_n, length_weight * sum_over(pull * _sign(gap), 1), mask_n)
     true_len = _true_lengths(true)
     delta_pull = pull * _inverse_root(delta2)
-    chord_pull = direction_weight * pull * _inverse_root(chord2)
     for axis in range(3):
-        mid, along, true_mid, true_along = _coordinates(predicted, true, axis)
-        delta, chord = mid - true_mid, along - facing * _unit(true_along, true_len)
-        tl.store(grads_ptr + axis * N + offs_n, sum_over(delta_pull * delta, 1), mask_n)
+        mid, true_mid = _midpoints(predicted, true, axis)
+        tl.store(grads_ptr + axis * N + offs_n, sum_over(delta_pull * (mid - true_mid), 1), mask_n)
+    chord_pull = pull * (direction_weight * _inverse_root(chord2))
+    for axis in range(3):
+        along, true_along = _directions(predicted, true, axis)
+        chord = along - facing * _unit(true_along, true_len)
         tl.store(grads_ptr + (3 + axis) * N + offs_n, sum_over(chord_pull * chord, 1), mask_n)
 
 
@@ -198,7 +200,8 @@ def _endpoint_distance(P, predicted, true):
     same, swapped = tl.zeros_like(P), tl.zeros_like(P)
     half_len = _lengths(predicted) * 0.5
     for axis in range(3):
-        mid, along, true_mid, true_along = _coordinates(predicted, true, axis)
+        mid, true_mid = _midpoints(predicted, true, axis)
+        along, true_along = _directions(predicted, true, axis)
         x, half, true_half = tl.abs(mid - true_mid), along * half_len, true_along * 0.5
         y_same, y_swapped = tl.abs(half - true_half), tl.abs(half + true_half)
         same += tl.where(x > y_same, x, y_same)
@@ -213,7 +216,8 @@ def _endpoint_grads(pull, order, predicted, true, grads_ptr, N):
     length = _lengths(predicted)
     grad_len = tl.zeros_like(length)
     for axis in range(3):
-        mid, along, true_mid, true_along = _coordinates(predicted, true, axis)
+        mid, true_mid = _midpoints(predicted, true, axis)
+        along, true_along = _directions(predicted, true, axis)
         x, y = mid - true_mid, along * length * 0.5 - order * (true_along * 0.5)
         grad_start, grad_end = sum_over(pull * _sign(x - y), 1), sum_over(pull * _sign(x + y), 1)
         grad_half = (grad_end - grad_start) * 0.5
@@ -224,13 +228,19 @@ def _endpoint_grads(pull, order, predicted, true, grads_ptr, N):
 
 
 @triton.jit
-def _coordinates(predicted, true, axis):
-    """Return one coordinate of mid and dir, of the true midpoints and vectors from end to end; 0 in the padding."""
-    mid_ptr, dir_ptr, _, offs_n, mask_n = predicted
-    mid = tl.load(mid_ptr + offs_n * 3 + axis, mask_n, 0.0).to(tl.float32)
-    along = tl.load(dir_ptr + offs_n * 3 + axis, mask_n, 0.0).to(tl.float32)
+def _midpoints(predicted, true, axis):
+    """Return one coordinate of all midpoints; 0 in the padding."""
+    mid = tl.load(predicted[0] + predicted[3] * 3 + axis, predicted[4], 0.0).to(tl.float32)
     start, end = _true_endpoints(true, axis)
-    return mid, along, (start + end) * 0.5, end - start
+    return mid, (start + end) * 0.5
+
+
+@triton.jit
+def _directions(predicted, true, axis):
+    """Return one coordinate of the predicted directions, and of the true vectors from end to end; 0 in the padding."""
+    along = tl.load(predicted[1] + predicted[3] * 3 + axis, predicted[4], 0.0).to(tl.float32)
+    start, end = _true_endpoints(true, axis)
+    return along, end - start
 
 
 @triton.jit
