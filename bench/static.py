@@ -13,7 +13,8 @@ only within one Triton release, because another one makes other code. `--check` 
     it has a dot but no matrix instruction, unless all its dots are float32 at ieee precision
     its registers or instructions grew by more than a tenth against the committed result
 
-Each run compiles into a fresh cache folder, so nothing stale counts. The times are lower bounds, see `bench.cubin`.
+Each run compiles into a fresh cache folder, so nothing stale counts. The times are lower bounds, see `bench.cubin`. The
+hash of a kernel's machine code is the same in every run, but not on sm_100, where ptxas names registers at random.
 """
 
 import argparse
