@@ -1,4 +1,16 @@
-"""The promises about whole runs, kept by real processes: the same bits again, after kill -9, in another place."""
+"""The promises about whole runs, kept by real processes: the same bits again, after kill -9, in another place.
+
+| promise | tested in |
+| --- | --- |
+| L0 math: kernels err no more than twice eager against float64 | test_sinkhorn, test_matching, test_attention |
+| L1 repeat: the same call gives the same bits | the same, and test_step |
+| L2 process: a new process, cold caches, another hash seed | here: another_process_and_hash_seed_and_directory |
+| L3 place: an item's bits do not depend on its batch | test_sinkhorn, test_matching, test_attention |
+| L4 training: two runs of a recipe are identical at every step | here, by `compare`; test_compare finds what differs |
+| L5 resume: stopped anywhere and resumed = never stopped | here: killed_at_random_moments, killed_in_the_middle |
+| L6 workers: any number of workers gives the same bits | not yet: training has one worker |
+| L7 published: a machine that should match and does not says where | test_trace (golden states), test_replay (verify) |
+"""
 
 import os
 import random
@@ -10,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_runs import final_state
+from tests.tiny_runs import final_state, tiny_recipe, train_quietly
 from train.compare import compare_runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +93,53 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(undisturbed, tmp
     assert killed >= 2
     assert compare_runs(undisturbed, tmp_path / "run").differences == ()
     assert final_state(undisturbed) == final_state(tmp_path / "run")
+
+
+# trains tiny again and again in forked processes, each of which kills itself before its n-th operation: an update, a
+# flush or a renaming of a file; prints the operations at which it died
+KILLS = """
+import functools, os, random, signal, sys
+from pathlib import Path
+import train.loop
+from tests.tiny_runs import tiny_recipe, train_quietly
+rng, recipe, path = random.Random(2), tiny_recipe(), Path(sys.argv[1])
+# rows are made once
+train.loop.stage_data = functools.cache(train.loop.stage_data)
+for number in (1, 2, 3):
+    train.loop.stage_data(recipe, number)
+
+def dying(function, name, left):
+    def inner(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            print(name, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return inner
+
+for kill in range(11):
+    child = os.fork()
+    if child == 0:
+        left = [rng.randrange(1, 35) if kill < 10 else 10**9]
+        train.loop.update = dying(train.loop.update, "update", left)
+        os.replace, os.fsync = dying(os.replace, "replace", left), dying(os.fsync, "fsync", left)
+        train_quietly(recipe, path)
+        os._exit(0)
+    rng.random()
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_run_killed_in_the_middle_of_updates_and_of_writing_ends_with_the_same_bits(tmp_path):
+    command = [sys.executable, "-c", KILLS, str(tmp_path / "killed")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(3), check=True, capture_output=True, text=True)
+    died = done.stdout.split()
+    assert len(died) == 10
+    assert {"replace", "fsync"} <= set(died)
+    train_quietly(tiny_recipe(), tmp_path / "undisturbed")
+    assert compare_runs(tmp_path / "undisturbed", tmp_path / "killed").differences == ()
+    for name in ("metrics.jsonl", "trace.jsonl", "certificate.json"):
+        assert (tmp_path / "undisturbed" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
