@@ -114,7 +114,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """o_BHTD, and what the backward needs: logarithms of the softmax sums, inverse norms of queries and of keys."""
     if 0 in (q_BHTD.numel(), k_BGSD.numel()):
-        return tuple(x.zero_() for x in _empty_outputs(q_BHTD, k_BGSD))
+        o_BHTD, lse_BHT, rq_BHT, rk_BGS = _empty_outputs(q_BHTD, k_BGSD)
+        return o_BHTD.zero_(), lse_BHT.zero_(), rq_BHT.zero_(), rk_BGS.zero_()
     if impl == "triton":
         inputs = _kernel_inputs(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS)
         return attention_forward(*inputs, softmax, precision, split)
@@ -156,7 +157,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k, v and log_scale."""
     if 0 in (q_BHTD.numel(), k_BGSD.numel()):
-        return tuple(torch.zeros_like(x) for x in (q_BHTD, k_BGSD, v_BGSD, log_scale_H))
+        zeros = torch.zeros_like
+        return zeros(q_BHTD), zeros(k_BGSD), zeros(v_BGSD), zeros(log_scale_H)
     if impl == "triton":
         inputs = _kernel_inputs(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS)
         return attention_backward(dense_rows(do_BHTD), *inputs, o_BHTD, lse_BHT, rq_BHT, rk_BGS, precision)

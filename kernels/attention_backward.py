@@ -140,7 +140,7 @@ def _attention_dlog_scale_kernel(dot_ptr, dlog_scale_ptr, B, blocks, H: tl.const
         i = start + tl.arange(0, BLOCK)
         dot = tl.load(dot_ptr + (i // blocks * H + h) * blocks + i % blocks, mask=i < B * blocks, other=0.0)
         total += tl.sum(dot, 0)
-    tl.store(dlog_scale_ptr + h, total.to(dlog_scale_ptr.dtype.element_ty))
+    tl.store(dlog_scale_ptr + h, total)
 
 
 @triton.jit(do_not_specialize=["T", "S"])

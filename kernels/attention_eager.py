@@ -11,7 +11,6 @@ row in a fixed order within one thread, so that its bits repeat, and gives 0 whe
 import math
 
 import torch
-from torch.ops import aten
 
 NORM_EPS = 1e-12
 
@@ -20,7 +19,7 @@ def attention_eager(q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid_BS):
     """Return o_BHTD, the logarithms of the softmax sums [B, H, T], and the inverse norms of q and k."""
     q_BGND, k_BSGD = _stacked(q_BHTD, k_BGSD.shape[1]), _rows(k_BGSD, valid_BS)
     rq, rk = _inverse_norm(q_BGND), _inverse_norm(k_BSGD)
-    o_BGND, lse_BGN = aten._scaled_dot_product_flash_attention_for_cpu(
+    o_BGND, lse_BGN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_BGND * (rq * _temperature(log_scale_H, q_BGND)),
         (k_BSGD * rk).transpose(1, 2),
         _rows(v_BGSD, valid_BS).transpose(1, 2),
@@ -39,7 +38,7 @@ def attention_eager_backward(do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid
     q_BGND, k_BSGD = _stacked(q_BHTD, G), _rows(k_BGSD, valid_BS)
     rq, rk = rq_BHT.view(B, G, -1, 1), rk_BGS.transpose(1, 2).unsqueeze(-1)
     unit_q_BGND, unit_k_BSGD, tau = q_BGND * rq, k_BSGD * rk, _temperature(log_scale_H, q_BGND)
-    dq_BGND, dk_BGSD, dv_BGSD = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    dq_BGND, dk_BGSD, dv_BGSD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _stacked(do_BHTD, G),
         unit_q_BGND * tau,
         unit_k_BSGD.transpose(1, 2),

@@ -5,6 +5,7 @@ exactly 0, so that neither garbage in it nor the number of such keys has an infl
 """
 
 import os
+from typing import Any
 
 import torch
 import triton
@@ -87,7 +88,8 @@ def _family(tensor: torch.Tensor) -> str:
     elif os.environ.get("TRITON_INTERPRET") == "1":
         return "sm_90"
     else:
-        major, minor = divmod(triton.runtime.driver.active.get_current_target().arch, 10)
+        target: Any = triton.runtime.driver.active.get_current_target()
+        major, minor = divmod(target.arch, 10)
     if major in (9, 10):
         return f"sm_{major}0"
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_89"
@@ -137,6 +139,7 @@ def load_rows(ptr, stride, start, keep, ROWS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def store_rows(ptr, stride, start, keep, values, ROWS: tl.constexpr, D: tl.constexpr):
+    """Store rows of a [*, D] matrix in its dtype, where kept."""
     tl.store(row_ptrs(ptr, stride, start, ROWS, D), values.to(ptr.dtype.element_ty), mask=keep[:, None])
 
 
