@@ -1,7 +1,10 @@
 """What a certificate holds, and that it cannot contradict itself unnoticed."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -100,3 +103,31 @@ def test_the_code_digest_sees_paths_and_contents_and_not_the_place(tmp_path):
         file.write("\n")
     assert len({base, renamed, code_digest(tmp_path)}) == 3
     assert base[1] == renamed[1]
+
+
+COMPILED = """
+import json
+from bench.offline import gpu, prepare_environment
+prepare_environment()
+import torch
+from bench.static_cases import _sinkhorn
+from train.certificate import loaded_cubins
+empty = loaded_cubins(90)
+with gpu(90) as launches:
+    _sinkhorn(1, 16, 16, torch.float32, slack="full", dustbin=True)
+import hashlib
+print(json.dumps([empty, loaded_cubins(90), sorted({hashlib.sha256(x.cubin).hexdigest() for x in launches})]))
+"""
+
+
+def test_machine_code_is_named_by_the_digest_of_what_was_launched(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], check=False, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    before, after, launched = json.loads(done.stdout)
+    assert before == {}
+    assert sorted(digest for digests in after.values() for digest in digests) == launched
+    assert all(name.startswith("_sinkhorn") for name in after)

@@ -32,6 +32,7 @@ LIBRARIES = {
     "geomloss": "a peer in the benchmarks",
 }
 NEEDED = ("numpy",)
+Level = Literal["ok", "note", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Finding:
     topic: str
     name: str
     value: str
-    level: Literal["ok", "note", "error"] = "ok"
+    level: Level = "ok"
 
 
 def examine() -> list[Finding]:
@@ -225,9 +226,9 @@ def _evidence(*, gpu: bool, kernels: bool) -> Iterator[Finding]:
     here = fingerprint("cuda" if gpu else "cpu")
     listed = here in published
     untested = "" if listed or not gpu else "; no golden file has this GPU: bash reproduce.sh test shows it"
-    level = "note" if untested else "ok"
+    level: Level = "note" if untested else "ok"
     no_kernels = "no kernel runs here; the interpreter runs them in the tests"
-    lines = {
+    lines: dict[str, tuple[str, Level]] = {
         "L0 math": ("errors at most twice eager's: tests of each operator", "ok"),
         "L1 repeat": (f"the same call gives the same bits{untested}", level),
         "L2 process": (f"so do a new process, cold caches, another hash seed{untested}", level),

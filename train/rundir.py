@@ -104,10 +104,10 @@ class RunDirectory:
             kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
             write_atomically(path, "".join(kept).encode())
 
-    def read(self, log: str) -> list[Mapping[str, Any]]:
+    def read(self, log: str) -> list[dict[str, Any]]:
         """The lines of `<log>.jsonl`; empty where there is no such file."""
         path = self.path / f"{log}.jsonl"
-        return [*read_log(path)] if path.exists() else []
+        return read_log(path) if path.exists() else []
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def state_tensors(model: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any
     moments = optimizer["state"]
     named = dict(enumerate(weights)) if len(weights) == len(moments) else {}
     place = {name: i for i, name in enumerate(model)}
-    order = sorted(moments, key=lambda i: place.get(named.get(i, ""), i))
+    order = sorted(moments, key=lambda i: place[named[i]] if named else i)
     return dict(model) | {
         f"optimizer.{named.get(i, i)}.{quantity}": value
         for i in order
