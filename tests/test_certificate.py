@@ -88,7 +88,7 @@ def test_a_log_without_its_lines_gives_no_certificate(finished, tmp_path):
     (tmp_path / "run" / "trace.jsonl").write_text("")
     machine = enter(threads=1, precision="fp32", impl="eager", device="cpu")
     with pytest.raises(CertificateError, match="the logs of the run have no line with"):
-        write_certificate(RunDirectory(tmp_path / "run"), tiny_recipe(), machine)
+        write_certificate(RunDirectory(tmp_path / "run"), tiny_recipe(), machine, code_digest())
 
 
 def test_the_code_digest_sees_paths_and_contents_and_not_the_place(tmp_path):

@@ -52,7 +52,7 @@ def test_a_run_can_be_checked(runs, tmp_path, capsys):
     assert main(["verify", str(runs / "tiny" / "certificate.json")]) == 0
     assert main(["replay", str(runs / "tiny"), "--step", "10"]) == 0
     printed = capsys.readouterr().out
-    assert "certificate.json holds\n  steps 1 to 8: every value the same\n" in printed
+    assert "certificate.json holds\n" in printed and "  steps 1 to 8: every value the same\n" in printed
     assert f"yes, step 10 of {runs / 'tiny'} was computed so\n  recomputed steps 9 to 10 from stage1.pt" in printed
 
 

@@ -6,7 +6,8 @@ Format 1 is one JSON object:
     recipe        the resolved recipe
     environment   device, precision, impl, threads, fingerprint (what bits may depend on; runs are compared by it),
                   and for the reader torch, triton, python, cpu capability, gpu
-    code          digest: SHA-256 over path and content of the sources of kernels, perceiver, train and configs; files
+    code          digest: SHA-256 over path and content of the sources of kernels, perceiver, train and configs, as
+                  the process found them that ended the run; files
     kernels       cubins: {kernel: [SHA-256 of its machine code, ...]}, or null with `why`
     start         the first line of the trace: the state before the first update, and the file it came from
     data          per stage uri, train_digest, dev_digest (SHA-256 of the rows in their order) and what became of rows
@@ -45,15 +46,19 @@ class CertificateError(ValueError):
     """A certificate that cannot be read, or that contradicts itself: says where."""
 
 
-def write_certificate(directory: RunDirectory, recipe: Recipe, machine: Machine) -> dict[str, Any]:
+def write_certificate(
+    directory: RunDirectory, recipe: Recipe, machine: Machine, code: tuple[str, int]
+) -> dict[str, Any]:
     """Write certificate.json from the logs of a run whose last stage has ended, and return it.
 
+    Args:
+        code: `code_digest` when the process began: sources may be edited while it runs.
     Raises:
         CertificateError: the logs lack a line that it needs.
         OSError: the disk refused.
     """
     metrics, trace = directory.read("metrics"), directory.read("trace")
-    code, files = code_digest()
+    digest, files = code
     start = _only(trace, kind="start")
     scores = directory.path / "scores.json"
     stages: list[dict[str, Any]] = []
@@ -74,7 +79,7 @@ def write_certificate(directory: RunDirectory, recipe: Recipe, machine: Machine)
                 "parents": {
                     "state": before,
                     "recipe": value_digest(recipe_to_dict(recipe)),
-                    "code": code,
+                    "code": digest,
                     "data": value_digest(rows),
                 },
             }
@@ -84,7 +89,7 @@ def write_certificate(directory: RunDirectory, recipe: Recipe, machine: Machine)
         "format": FORMAT,
         "recipe": recipe_to_dict(recipe),
         "environment": describe_environment(machine),
-        "code": {"digest": code, "files": files},
+        "code": {"digest": digest, "files": files},
         "kernels": describe_kernels(machine),
         "start": start,
         "data": data,

@@ -24,7 +24,7 @@ from train.trace import Line, state_tensors
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The answer: a sentence, and the differences that it sums up, first one first."""
+    """The answer: a sentence, and the differences it sums up: where the runs part, what may be why, by how much."""
 
     sentence: str
     differences: tuple[str, ...] = field(default=())
@@ -59,8 +59,7 @@ def compare_runs(run_a: str | Path, run_b: str | Path) -> Comparison:
             f"finished stages: {', '.join(stages[0]) or 'none'} against {', '.join(stages[1]) or 'none'}"
         )
     tensors, machines = _differing_checkpoints(a, b)
-    differences += tensors
-    if not differences:
+    if not differences and not tensors:
         steps = sum(line["kind"] == "step" for line in traces[0])
         traced = f"{steps:,} traced steps, " if steps else ""
         return Comparison(
@@ -69,7 +68,7 @@ def compare_runs(run_a: str | Path, run_b: str | Path) -> Comparison:
         )
     causes = [*_differing_recipe(a, b), *machines, *_differing_environment(a, b)]
     where = f"step {first_step:,} is the first that differs: " if first_step is not None else ""
-    return Comparison(sentence=f"{where}{a} and {b} differ", differences=(*differences, *causes))
+    return Comparison(sentence=f"{where}{a} and {b} differ", differences=(*differences, *causes, *tensors))
 
 
 def _first_differing_line(a: list[str], b: list[str]) -> str | None:

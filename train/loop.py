@@ -6,16 +6,17 @@ stopped: its logs are cut back to the checkpoint and written again.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from perceiver.model import Perceiver
-from perceiver.score import ScorePool
+from perceiver.score import ScorePool, require_scorer
 from train.batches import StageBatches, stage_data
-from train.certificate import write_certificate
+from train.certificate import code_digest, write_certificate
 from train.checkpoint import Checkpoint, load_newest, save_checkpoint, tensors_digest
 from train.config import Recipe, StageConfig, recipe_to_dict
 from train.data import StageData, describe_coverage
@@ -62,6 +63,7 @@ def run(
         RunRefused: the directory is in use, cannot be written, or holds something else.
         RunStopped: SIGINT or SIGTERM; the state is saved.
         RunDiverged: the loss is not finite, everything went to the dustbin, or a temperature left its range.
+        ImportError: the recipe asks for a score and the package hoho2025 is not installed.
         EnvironmentRefused: the process is not deterministic, see `enter`.
         OSError: the disk refused; the last checkpoint is untouched and the run goes on from it.
     Determinism: weights, optimizer state, metrics.jsonl and trace.jsonl are the same bits for the same recipe, data
@@ -69,6 +71,8 @@ def run(
     """
     machine = enter(threads=recipe.threads, precision=recipe.precision, impl=recipe.impl, device=device)
     directory = RunDirectory(run_dir)
+    if recipe.evaluate.score:
+        require_scorer()
     with directory.locked(), ScorePool(recipe.evaluate.workers) as pool:
         directory.fix_recipe(recipe)
         trainer = _Trainer(recipe, directory, machine, pool, progress=progress, say=say)
@@ -100,6 +104,7 @@ class _Trainer:
         self.model = Perceiver(recipe.model, seed=recipe.seed).to(machine.device)
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.trace = Trace(recipe, lambda lines: directory.extend("trace", lines))
+        self.code = code_digest()
         self.step = 0
         self._data: StageData | None = None
         self._data_uri = ""
@@ -122,17 +127,35 @@ class _Trainer:
         elif start:
             self.model.load_state_dict(start.loaded.model.state_dict())
             if start.loaded.optimizer:
-                self.optimizer.load_state_dict(dict(start.loaded.optimizer))
+                # the moments are the checkpoint's, the weight decays and betas this recipe's
+                groups = self.optimizer.state_dict()["param_groups"]
+                self.optimizer.load_state_dict({**start.loaded.optimizer, "param_groups": groups})
             self.step = self.recipe.start_of(start.stage - 1)
-        self.directory.cut_logs(self.step)
-        if not found and not self.directory.read("trace"):
-            stage, origin = (start.stage, start.loaded.record) if start else (1, None)
+        stage, origin = (start.stage, start.loaded.record) if start else (1, None)
+        if found:
+            self._check_origin(stage, origin)
+        else:
+            self.directory.clear_logs()
             self.trace.start(self.step, stage, origin, self._state())
+        self.directory.cut_logs(self.step)
+
+    def _check_origin(self, stage: int, origin: Mapping[str, Any] | None) -> None:
+        """Refuse to go on with a run that began from other weights, or at another stage, than is asked for now."""
+        begun = next((line for line in self.directory.read("trace") if line["kind"] == "start"), None)
+        if origin is None or begun is None:
+            return
+        if begun["stage"] != stage or (begun["origin"] or {}).get("weights") != origin["weights"]:
+            raise RunRefused(
+                f"run directory {self.directory.path} holds a run that did not begin at stage {stage} from "
+                f"{origin['file']}; take another --name"
+            )
 
     def train_stage(self, number: int, stage: StageConfig, caught: list[int]) -> None:
         """Make the updates from the current step to the stage's end, with all that happens on the way."""
         check_state(self.machine)
         data = self._load(number, stage)
+        if caught:
+            raise RunStopped(caught[0], self.step)
         batches = StageBatches(self.recipe, number, data, self.machine.device)
         first = self.recipe.start_of(number - 1)
         clock = StepClock(self.step)
@@ -215,7 +238,7 @@ class _Trainer:
             self.say(format_scores(evaluation, set_name="dev"))
         if number == len(self.recipe.stages):
             self.trace.flush()
-            write_certificate(self.directory, self.recipe, self.machine)
+            write_certificate(self.directory, self.recipe, self.machine, self.code)
 
     def _evaluate(self, number: int, stage: StageConfig, data: StageData, *, scenes: int) -> Evaluation | None:
         """Log the loss on training and dev scenes without noise, and the score of the dev scenes."""

@@ -95,7 +95,7 @@ def verify(path: str | Path, *, device: str | None = None) -> Verdict:
     done: list[str] = []
     try:
         certificate = read_certificate(path)
-        recipe = recipe_from_dict(certificate["recipe"])
+        recipe = _known_recipe(certificate["recipe"])
         code, _ = code_digest()
         if code != certificate["code"]["digest"]:
             done.append("note: the code here is not the certificate's; its updates are recomputed with the code here")
@@ -264,7 +264,14 @@ def _read_run(path: Path) -> tuple[Recipe, list[Line]]:
     for name in ("config.json", "trace.jsonl", "metrics.jsonl"):
         if not (path / name).is_file():
             raise CannotCheck(f"{path} has no {name}")
-    return recipe_from_dict(json.loads((path / "config.json").read_text())), read_log(path / "trace.jsonl")
+    return _known_recipe(json.loads((path / "config.json").read_text())), read_log(path / "trace.jsonl")
+
+
+def _known_recipe(values: Mapping[str, Any]) -> Recipe:
+    try:
+        return recipe_from_dict(values)
+    except ValueError as error:
+        raise CannotCheck(f"this version of the program does not know its recipe: {error}") from error
 
 
 def _rows_of_run(path: Path) -> dict[int, Mapping[str, Any]]:
