@@ -14,7 +14,6 @@ Usage: bash reproduce.sh [COMMAND [ARGUMENT ...]]
   s23dr             train the published recipe on the hub's sets: needs a network and should have a GPU
   test              lint, types, tests and the offline analysis of the kernels
   bench             measure operators and training steps against their peers
-  gpu --out DIR     check and measure on a GPU; installs nothing, takes the first Python that has PyTorch
   doctor            say what this machine has and what holds here
   help              this text
 
@@ -57,14 +56,6 @@ except ImportError as error:
     sys.exit("is %d.%d without the module %s" % (*sys.version_info[:2], error.name))
 '
 
-has_torch='
-import sys
-from importlib.util import find_spec
-missing = [name for name in ("torch", "triton", "numpy", "pytest") if find_spec(name) is None]
-if missing:
-    sys.exit("lacks " + ", ".join(missing))
-'
-
 # The stamp is written last and names what .venv was made from: no stamp, or another one, and it is made anew.
 make_environment() {
     local key stamp=.venv/reproduce.stamp base
@@ -92,9 +83,10 @@ demo | s23dr)
     ;;
 again)
     recipe=${1:-demo}
+    shift $(($# > 0))
     make_environment
-    .venv/bin/python -m train run --recipe "$recipe"
-    .venv/bin/python -m train run --recipe "$recipe" --name "$recipe-again"
+    .venv/bin/python -m train run --recipe "$recipe" "$@"
+    .venv/bin/python -m train run --recipe "$recipe" --name "$recipe-again" "$@"
     .venv/bin/python -m train compare "runs/$recipe" "runs/$recipe-again"
     ;;
 test)
@@ -106,11 +98,6 @@ test)
 bench)
     make_environment
     .venv/bin/python -m bench "$@"
-    ;;
-gpu)
-    python=$(find_python "$has_torch" .venv/bin/python "${candidates[@]}") ||
-        fail "where there is a network, bash reproduce.sh doctor makes .venv with all of it"
-    "$python" -m bench.gpu "$@"
     ;;
 doctor)
     make_environment

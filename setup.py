@@ -15,11 +15,12 @@ setup(
         "numpy>=2",
         "datasets>=4",
         "safetensors",
+        "scipy",
         "tqdm",
         "tyro",
     ],
     extras_require={
-        "eval": ["hoho2025", "scipy"],
+        "eval": ["hoho2025"],
         "viz": ["plotly>=6"],
         "peers": ["geomloss", "POT"],
         "dev": ["pytest>=8", "pytest-xdist", "pytest-benchmark", "ruff", "basedpyright"],

@@ -7,6 +7,7 @@ mean over the batch. The matched mass is also the run's pulse: a transport loss 
 segment to the dustbin.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -22,7 +23,7 @@ class LossConfig:
     """Weights of the cost and of the terms. eps and dustbin are in units of cost_scale * cost.
 
     Raises:
-        ValueError: conf_target is unknown. The operator checks the rest.
+        ValueError: conf_target is unknown, conf_weight is negative, or the operator would refuse a value.
     """
 
     direction_weight: float = 0.3
@@ -39,6 +40,13 @@ class LossConfig:
     def __post_init__(self):
         if self.conf_target not in ("mass", "partner"):
             raise ValueError(f"conf_target must be 'mass' or 'partner', got {self.conf_target!r}")
+        if not 0 <= self.conf_weight < math.inf:
+            raise ValueError(f"conf_weight must be finite and at least 0, got {self.conf_weight}")
+        for name in ("eps", "cost_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and positive, got {getattr(self, name)}")
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
 
 
 class Loss(NamedTuple):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from kernels.attention import HEAD_WIDTHS
 from kernels.philox import Place, named_normal, named_uniform
 from perceiver.blocks import DropoutKey, GroupedQueryAttention, Layer, RMSNorm
 from perceiver.scene import SceneBatch
@@ -42,7 +43,8 @@ class PerceiverConfig:
     fourier_scale: float = 10.0
 
     def __post_init__(self):
-        for name in ("hidden", "ff", "latent_tokens", "latent_layers", "decoder_layers", "segments", "behind_emb_dim"):
+        counts = ("hidden", "ff", "num_heads", "latent_tokens", "latent_layers", "decoder_layers", "segments")
+        for name in (*counts, "behind_emb_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.cross_attn_interval < 1:
@@ -51,6 +53,9 @@ class PerceiverConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.hidden % self.num_heads:
             raise ValueError(f"hidden must be a multiple of num_heads, got {self.hidden} and {self.num_heads}")
+        if self.hidden // self.num_heads not in HEAD_WIDTHS:
+            widths = ", ".join(map(str, HEAD_WIDTHS))
+            raise ValueError(f"hidden / num_heads must be one of {widths}, got {self.hidden // self.num_heads}")
         for name in ("kv_heads_cross", "kv_heads_self"):
             if getattr(self, name) < 1 or self.num_heads % getattr(self, name):
                 raise ValueError(f"{name} must divide num_heads {self.num_heads}, got {getattr(self, name)}")

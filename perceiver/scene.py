@@ -10,7 +10,6 @@ The alphabet of shapes used in all names of this repository:
     N predicted segments   M true segments (padded)   E edges   V vertices
 """
 
-import hashlib
 import io
 import zipfile
 from collections.abc import Sequence
@@ -18,6 +17,8 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+
+from kernels.philox import name_key
 
 MAX_SEGMENTS = 64
 POINT_CLASSES = 13
@@ -117,7 +118,7 @@ def decode_scene(order_id: str, data: bytes, *, truth: bool = True) -> Scene:
     Args:
         order_id: the row's identifier.
         data: bytes of an `.npz` with the fields of the hub's schema; unknown fields are ignored.
-        truth: whether the ground truth must be there. If False, a row without any of it is accepted.
+        truth: whether the ground truth must be there. If False it is neither needed nor read.
     Raises:
         RowError: with the order_id, the field and the reason.
     """
@@ -127,10 +128,10 @@ def decode_scene(order_id: str, data: bytes, *, truth: bool = True) -> Scene:
     # damaged bytes make zipfile and numpy raise almost anything; whatever it is, the row is at fault
     except Exception as error:
         raise RowError(order_id, "data", f"is not a readable .npz ({error})") from error
-    if not truth and not _TRUTH & arrays.keys():
-        required = _SCHEMA.keys() - _OPTIONAL - _TRUTH
-    else:
-        required = _SCHEMA.keys() - _OPTIONAL
+    required = _SCHEMA.keys() - _OPTIONAL
+    if not truth:
+        required -= _TRUTH
+        arrays = {name: array for name, array in arrays.items() if name not in _TRUTH}
     for name in _SCHEMA:
         if name in required and name not in arrays:
             raise RowError(order_id, name, "is missing")
@@ -192,8 +193,8 @@ def _check_truth(scene: Scene) -> None:
 
 
 def scene_key(order_id: str) -> int:
-    """The scene's 32-bit counter for Philox: the first 4 bytes of SHA-256 of its order_id, little endian."""
-    return int.from_bytes(hashlib.sha256(order_id.encode()).digest()[:4], "little")
+    """The scene's 32-bit counter for Philox: that of its order_id."""
+    return name_key(order_id)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -140,6 +140,15 @@ def _score_job(job: Job) -> Score:
         raise RuntimeError(f"scoring scene {job.order_id!r} failed: {error}") from error
 
 
+def require_scorer() -> None:
+    """Import the official metric now, so that its absence is known before a run and not after hours of it.
+
+    Raises:
+        ImportError: the package hoho2025 is not installed; says how to install it.
+    """
+    _official_hss()
+
+
 def _official_hss():
     try:
         from hoho2025.metric_helper import hss

@@ -131,8 +131,14 @@ def test_a_foreign_file_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="another format"):
         load_checkpoint(tmp_path / "c.pt")
     torch.save({"weights": 1}, tmp_path / "d.pt")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint of this program"):
         load_checkpoint(tmp_path / "d.pt")
+    (tmp_path / "e.pt").write_text("not a zip")
+    with pytest.raises(CheckpointError, match=r"cannot be read \(\w+: "):
+        load_checkpoint(tmp_path / "e.pt")
+    torch.save({"format": 1, "step": 3}, tmp_path / "f.pt")
+    with pytest.raises(CheckpointError, match="must hold machine, model, optimizer, recipe, step"):
+        load_checkpoint(tmp_path / "f.pt")
 
 
 def test_digest_sees_names_types_shapes_and_bits():

@@ -93,6 +93,15 @@ def test_another_recipe_in_the_directory_is_refused_and_nothing_overwritten(runs
     assert (runs / "tiny" / "config.json").read_bytes() == before
 
 
+def test_scores_of_another_source_are_not_written_over(runs, tmp_path, capsys):
+    (tmp_path / "scores.json").write_text('{"source": "roofs:easy?points=128#dev"}')
+    evaluate = ["evaluate", str(runs / "tiny"), "--device", "cpu", "--out", str(tmp_path)]
+    assert main([*evaluate, "--data", "roofs:real#dev"]) == 1
+    assert "holds the scores of roofs:easy?points=128#dev: name another directory" in capsys.readouterr().err
+    assert main([*evaluate, "--data", "roofs:real"]) == 1
+    assert "does not say which set it is: add #dev, or --set" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("data", ["roofs:hard", "parquet:nowhere", "s3://x", "roofs:easy?dots=3"])
 def test_a_wrong_source_is_named(tmp_path, data, capsys):
     assert main(["run", *QUICK, "--runs", str(tmp_path), "--stages.0.data", data]) == 1

@@ -67,6 +67,12 @@ def test_a_recipe_stands_on_the_base_beside_it(tmp_path):
         ({"seed": "four"}, "recipe.seed must be int, got 'four'"),
         ({"precision": "fp8"}, "recipe.precision must be one of"),
         ({"log_every": 0}, "log_every must be at least 1"),
+        ({"seed": 1 << 64}, "seed must be below"),
+        ({"evaluate": {"scenes": 0}}, r"evaluate\.scenes must be at least 1"),
+        ({"evaluate": {"batch": 0}}, r"evaluate\.batch must be at least 1"),
+        ({"optim": {"clip": 0.0}}, "clip must be positive"),
+        ({"optim": {"beta2": 1.0}}, "beta2 must be in"),
+        ({"optim": {"weight_decay": -0.1}}, "weight_decay must be at least 0"),
         ({"model": 3}, "recipe.model must be an object"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "again", "s23dr", "test", "bench", "gpu", "doctor", "help")
+COMMANDS = ("demo", "again", "s23dr", "test", "bench", "doctor", "help")
 
 # answers every probe, and on `-m venv` leaves a .venv whose python writes down its calls as well
 WORKING = """#!/bin/bash
@@ -145,14 +145,13 @@ def test_an_install_that_fails_leaves_no_stamp_and_is_tried_again(door):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ["-m train run --recipe demo", "-m train.report runs/demo"]),
-        (["demo", "--seed", "4"], ["-m train run --recipe demo --seed 4", "-m train.report runs/demo"]),
-        (["s23dr"], ["-m train run --recipe s23dr", "-m train.report runs/s23dr"]),
+        ([], ["-m train run --recipe demo"]),
+        (["demo", "--seed", "4"], ["-m train run --recipe demo --seed 4"]),
+        (["s23dr"], ["-m train run --recipe s23dr"]),
         (
             ["again"],
             [
                 "-m train run --recipe demo",
-                "-m train.report runs/demo",
                 "-m train run --recipe demo --name demo-again",
                 "-m train compare runs/demo runs/demo-again",
             ],
@@ -161,7 +160,6 @@ def test_an_install_that_fails_leaves_no_stamp_and_is_tried_again(door):
             ["again", "s23dr"],
             [
                 "-m train run --recipe s23dr",
-                "-m train.report runs/s23dr",
                 "-m train run --recipe s23dr --name s23dr-again",
                 "-m train compare runs/s23dr runs/s23dr-again",
             ],
@@ -182,17 +180,9 @@ def test_a_failing_step_ends_the_command_with_its_exit_code(door):
     assert door.calls()[2:] == ["python -m train run --recipe demo"]
 
 
-def test_gpu_takes_the_first_python_that_has_torch_and_installs_nothing(door):
-    answer = door("gpu")
-    assert answer.returncode == 1 and "tried .venv/bin/python" in answer.stderr and "tried python3:" in answer.stderr
-    door.install("python3", WORKING)
-    assert door("gpu", "--out", "results").returncode == 0
-    assert door.calls() == ["python3 -m bench.gpu --out results"]
-
-
 def test_the_environment_of_the_caller_does_not_reach_python(door):
     door.install("python3", '#!/bin/sh\necho "path=$PYTHONPATH venv=$PYTHONHOME" >>"$CALLS"\n')
-    door("gpu", PYTHONPATH="/elsewhere", PYTHONHOME="/elsewhere")
+    door("doctor", PYTHONPATH="/elsewhere", PYTHONHOME="/elsewhere")
     assert set(door.calls()) == {"path= venv="}
 
 

@@ -195,6 +195,24 @@ def test_stages_from_a_checkpoint_are_those_of_the_whole_run(finished, tmp_path)
     assert final_state(tmp_path / "run")[0] == final_state(finished)[0]
 
 
+def test_a_start_takes_the_moments_of_the_checkpoint_and_the_decay_of_the_recipe(finished, tmp_path):
+    recipe = tiny_recipe(optim=dataclasses.replace(tiny_recipe().optim, weight_decay=0.25, beta2=0.5))
+    train_quietly(recipe, tmp_path / "run", start=load_start(finished / "stage2.pt", 3, recipe))
+    group = load_checkpoint(tmp_path / "run" / "stage3.pt").optimizer["param_groups"][0]
+    assert (group["weight_decay"], group["betas"]) == (0.25, (0.9, 0.5))
+    assert load_checkpoint(tmp_path / "run" / "stage3.pt").optimizer["state"][0]["step"] == 20
+
+
+def test_a_run_that_began_elsewhere_is_not_gone_on_with(finished, tmp_path):
+    recipe = tiny_recipe(keep_every=7)
+    with pytest.raises(RunRefused, match=r"did not begin at stage 2 from stage1\.pt; take another --name"):
+        train_quietly(recipe, finished, start=load_start(finished / "stage1.pt", 2, recipe))
+    train_quietly(recipe, tmp_path / "run", start=load_start(finished / "stage1.pt", 2, recipe))
+    assert not train_quietly(recipe, tmp_path / "run", start=load_start(finished / "stage1.pt", 2, recipe))
+    with pytest.raises(RunRefused, match="did not begin at stage 3"):
+        train_quietly(recipe, tmp_path / "run", start=load_start(finished / "stage2.pt", 3, recipe))
+
+
 def test_thinner_logs_and_other_checkpoints_do_not_change_the_weights(finished, tmp_path):
     recipe = tiny_recipe(log_every=9, checkpoint_every=100)
     recipe = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, every=0))

@@ -65,9 +65,13 @@ def test_confidence_learns_mass_or_partner():
         assert (grad[1, 3:] > 0).all(), "queries without a partner must become less confident"
 
 
-def test_unknown_confidence_target_is_refused():
-    with pytest.raises(ValueError, match="conf_target must be"):
-        LossConfig(conf_target="guess")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("conf_target", "guess"), ("conf_weight", -1.0), ("eps", 0.0), ("cost_scale", -5.0), ("iterations", 0)],
+)
+def test_values_out_of_range_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be"):
+        LossConfig(**{field: value})
 
 
 def test_gradients_of_the_whole_loss_are_those_of_finite_differences():

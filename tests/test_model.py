@@ -151,7 +151,15 @@ def test_heads_stay_in_float32_under_bfloat16():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("hidden", 0), ("dropout", 1.0), ("num_heads", 3), ("kv_heads_self", 3), ("cross_attn_interval", 0)],
+    [
+        ("hidden", 0),
+        ("dropout", 1.0),
+        ("num_heads", 3),
+        ("num_heads", 0),
+        ("num_heads", 32),
+        ("kv_heads_self", 3),
+        ("cross_attn_interval", 0),
+    ],
 )
 def test_impossible_architectures_are_refused(field, value):
     with pytest.raises(ValueError, match=field):

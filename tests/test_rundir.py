@@ -26,10 +26,25 @@ def test_a_second_process_is_refused_while_the_first_holds_the_lock(tmp_path):
 def test_another_recipe_is_refused_and_the_first_one_kept(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.fix_recipe(RECIPE)
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
     directory.fix_recipe(RECIPE)
     with pytest.raises(RunRefused, match=r"another recipe \(different: seed\); take another --name"):
         directory.fix_recipe(dataclasses.replace(RECIPE, seed=9))
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == RECIPE.seed
+
+
+def test_a_recipe_can_be_corrected_before_the_first_checkpoint(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.fix_recipe(dataclasses.replace(RECIPE, seed=9))
+    directory.fix_recipe(RECIPE)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == RECIPE.seed
+
+
+def test_logs_can_be_cleared(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.append("metrics", kind="train", step=1)
+    directory.clear_logs()
+    assert directory.read("metrics") == []
 
 
 def test_logs_are_cut_back_to_the_step_and_half_lines_dropped(tmp_path):

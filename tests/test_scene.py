@@ -154,10 +154,11 @@ def test_row_without_truth_is_accepted_only_where_none_is_needed():
         decode_scene("a", data)
 
 
-def test_row_with_half_of_its_truth_is_refused_also_where_none_is_needed():
+def test_broken_truth_is_refused_where_it_is_needed_and_else_not_read():
     data = encode_scene(random_scene("a", gt_vertices=None))
     with pytest.raises(RowError, match="field 'gt_vertices' is missing"):
-        decode_scene("a", data, truth=False)
+        decode_scene("a", data)
+    assert decode_scene("a", data, truth=False).gt_segments is None
 
 
 def test_row_error_survives_pickling():

@@ -18,6 +18,12 @@ def test_the_first_signal_is_noted_and_handlers_come_back(number):
     assert signal.getsignal(number) == before
 
 
+def test_the_first_signal_says_what_happens_next(capsys):
+    with signals_noted():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert "finishing this step and saving; once more to stop at once" in capsys.readouterr().err
+
+
 def test_a_second_interrupt_interrupts():
     with signals_noted() as caught:
         os.kill(os.getpid(), signal.SIGINT)

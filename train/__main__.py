@@ -1,8 +1,10 @@
 """The command line: python -m train run | evaluate | predict | compare | replay | verify."""
 
 import argparse
+import dataclasses
 import errno
 import functools
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,15 +17,25 @@ from train.checkpoint import CheckpointError
 from train.compare import compare_runs
 from train.config import Recipe, load_recipe
 from train.data import load_order_ids, load_scenes
-from train.determinism import EnvironmentRefused, enter
-from train.evaluate import SET_TITLES, evaluate_command
+from train.determinism import EnvironmentRefused, Machine, enter
+from train.evaluate import SET_TITLES, evaluate_command, scores_path
 from train.loop import RunDiverged, RunStopped, run
 from train.predict import predict_command
 from train.replay import Verdict, replay, verify
 from train.rundir import RunRefused
-from train.starting_point import load_model, load_start
+from train.sources import SourceUri
+from train.starting_point import LoadedModel, load_model, load_start
 
-_REFUSALS = (ValueError, RunRefused, RunDiverged, EnvironmentRefused, CheckpointError, OSError, RuntimeError)
+_REFUSALS = (
+    ValueError,
+    RunRefused,
+    RunDiverged,
+    EnvironmentRefused,
+    CheckpointError,
+    ImportError,
+    OSError,
+    RuntimeError,
+)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -41,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunStopped as stop:
         print(f"\n{stop}. Run the same command again to go on.", file=sys.stderr)
         return stop.exit_code
+    except KeyboardInterrupt:
+        print(f"\ntrain {options.command}: stopped at once; a run goes on from its last checkpoint", file=sys.stderr)
+        return 130
     except _REFUSALS as error:
         full = isinstance(error, OSError) and error.errno in _DISK_FULL
         cure = ". Make room and run the same command again: it goes on from the last checkpoint" if full else ""
@@ -62,13 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="start from these weights")
     sub.add_argument("--start-stage", type=int, default=1, metavar="K", help="with --from: the first stage to train")
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    sub.add_argument("--strict", action="store_true", help="stop at a row that cannot be read: --data.strict")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
     sub.add_argument("--help-recipe", action="store_true", help="list the recipe's values and their flags")
     sub.set_defaults(action=_run)
 
     sub = add("evaluate", help="score a run or a checkpoint on a set with ground truth")
     _add_model_options(sub)
-    sub.add_argument("--set", choices=sorted(SET_TITLES), default="dev", help="what the set is called (default: dev)")
+    sub.add_argument("--set", choices=sorted(SET_TITLES), help="what the set is called (default: as the URI says)")
     sub.add_argument("--out", type=Path, help="directory for scores.json and scores.csv (default: the run's)")
     sub.add_argument("--workers", type=int, default=2, help="processes that score (default: 2)")
     sub.set_defaults(action=_evaluate)
@@ -102,14 +118,17 @@ def _add_model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--data", required=True, help="URI of the scenes, for example roofs:easy#dev or parquet:DIR#dev")
     sub.add_argument("--batch", type=int, default=32)
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    sub.add_argument("--precision", default="auto", choices=("auto", "fp32", "tf32", "bf16"))
-    sub.add_argument("--threads", type=int, default=2, help="of the CPU; part of the bits (default: 2)")
+    sub.add_argument("--strict", action="store_true", help="stop at a row that cannot be read")
+    sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16"), help="default: the run's")
+    sub.add_argument("--threads", type=int, help="of the CPU; part of the bits (default: the run's)")
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     recipe = load_recipe(options.recipe)
     if rest or options.help_recipe:
         recipe = _override(recipe, ["--help"] if options.help_recipe else rest)
+    if options.strict:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, strict=True))
     run_dir = options.runs / (options.name or recipe.name)
     start = load_start(options.start, options.start_stage, recipe) if options.start else None
     trained = run(recipe, run_dir, start=start, device=options.device, progress=not options.quiet)
@@ -138,13 +157,14 @@ def _override(recipe: Recipe, flags: list[str]) -> Recipe:
 
 
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> int:
-    loaded = load_model(options.model)
-    machine = enter(threads=options.threads, precision=options.precision, impl="auto", device=options.device)
+    loaded, machine = _load(options)
+    set_name = options.set or _set_of(options.data)
     out = options.out or (options.model if options.model.is_dir() else options.model.parent)
+    _keep_other_scores(out, set_name, options.data)
     evaluate_command(
         loaded.model.to(machine.device),
-        load_scenes(options.data),
-        set_name=options.set,
+        load_scenes(options.data, strict=options.strict),
+        set_name=set_name,
         source=options.data,
         run_dir=out,
         machine=machine,
@@ -156,12 +176,41 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> int:
     return 0
 
 
-def _predict(options: argparse.Namespace, _rest: list[str]) -> int:
+def _load(options: argparse.Namespace) -> tuple[LoadedModel, Machine]:
+    """The model, and the arithmetic it was trained in unless flags say otherwise."""
     loaded = load_model(options.model)
-    machine = enter(threads=options.threads, precision=options.precision, impl="auto", device=options.device)
+    machine = enter(
+        threads=options.threads or loaded.threads,
+        precision=options.precision or loaded.precision,
+        impl=loaded.impl,
+        device=options.device,
+    )
+    return loaded, machine
+
+
+def _set_of(uri: str) -> str:
+    """What a set is called, where its URI says it."""
+    parsed = SourceUri.parse(uri)
+    split = parsed.place.rpartition(":")[2] if parsed.kind == "hf" else None
+    if parsed.part == "dev" or split == "validation":
+        return parsed.part or "validation"
+    raise ValueError(f"{uri} does not say which set it is: add #dev, or --set dev, validation or test")
+
+
+def _keep_other_scores(out: Path, set_name: str, source: str) -> None:
+    """Refuse to write over the scores of another source."""
+    path = scores_path(out, set_name)
+    if path.is_file():
+        kept = json.loads(path.read_text())["source"]
+        if SourceUri.parse(kept) != SourceUri.parse(source):
+            raise ValueError(f"{path} holds the scores of {kept}: name another directory with --out")
+
+
+def _predict(options: argparse.Namespace, _rest: list[str]) -> int:
+    loaded, machine = _load(options)
     predict_command(
         loaded.model.to(machine.device),
-        load_scenes(options.data, truth=False),
+        load_scenes(options.data, truth=False, strict=options.strict),
         out=options.out,
         machine=machine,
         batch=options.batch,

@@ -6,6 +6,7 @@ the previous one is used. There is no random state to save: all randomness is a 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import os
@@ -81,13 +82,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not have the digest in {digest_file.name}")
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if content.pop("format") != FORMAT:
-            raise CheckpointError(f"checkpoint {path} is of another format than {FORMAT}")
-        return Checkpoint(**content)
-    except CheckpointError:
-        raise
     except Exception as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        raise CheckpointError(f"checkpoint {path} cannot be read ({reason})") from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this program, or of another format than {FORMAT}")
+    names = {field.name for field in dataclasses.fields(Checkpoint)}
+    if content.keys() != names:
+        raise CheckpointError(f"checkpoint {path} must hold {', '.join(sorted(names))}; it holds other things")
+    return Checkpoint(**content)
 
 
 def load_newest(path: Path) -> tuple[Checkpoint, str | None] | None:

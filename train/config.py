@@ -65,6 +65,11 @@ class EvaluateConfig:
     workers: int = 2
     score: bool = True
 
+    def __post_init__(self):
+        for name, least in (("every", 0), ("scenes", 1), ("batch", 1), ("workers", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"evaluate.{name} must be at least {least}, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -126,6 +131,8 @@ class Recipe:
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.seed >= 1 << 64:
+            raise ValueError(f"seed must be below 2^64, got {self.seed}")
 
     def start_of(self, stage: int) -> int:
         """The step after which stage `stage` (counted from 0) begins."""

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from kernels.dispatch import resolve
+
 CUBLAS_WORKSPACE = ":4096:8"
 PRECISIONS = ("fp32", "tf32", "bf16")
 # variables that make libraries choose other code than the processor's own, unseen by the fingerprint
@@ -61,8 +63,8 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
 
     Args:
         threads: of the CPU.
-        precision: of matrix products: auto (bf16 on a GPU, fp32 on a CPU), fp32, tf32, bf16.
-        impl: of the operators: auto (triton on a GPU, eager on a CPU), eager, triton.
+        precision: of matrix products: auto (bf16 on a GPU from sm_80, else fp32), fp32, tf32, bf16.
+        impl: of the operators: auto (triton on a GPU from sm_80, else eager), eager, triton.
         device: "cpu", "cuda" or "cuda:N"; None takes a GPU where there is one.
     Raises:
         ValueError: an argument names something this machine does not have.
@@ -71,14 +73,17 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be one that is there, got {device!r} and no CUDA device")
+    # older GPUs have neither the bfloat16 nor the shared memory that the kernels are written for
+    modern = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
     if precision == "auto":
-        precision = "bf16" if place.type == "cuda" else "fp32"
+        precision = "bf16" if modern else "fp32"
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be auto or one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "tf32" and place.type != "cuda":
         raise ValueError("precision 'tf32' needs a CUDA device")
-    if impl == "auto":
-        impl = "triton" if place.type == "cuda" else "eager"
+    if impl == "auto" and not modern:
+        impl = "eager"
+    impl = resolve(impl, place)
     for variable in FORBIDDEN_VARIABLES:
         if variable in os.environ:
             raise EnvironmentRefused(

@@ -195,10 +195,15 @@ def write_scores(
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(SceneRow._fields)
     writer.writerows(evaluation.rows)
-    path = Path(run_dir) / ("scores.json" if set_name == "dev" else f"scores_{set_name}.json")
+    path = scores_path(run_dir, set_name)
     write_atomically(path.with_suffix(".csv"), table.getvalue().encode())
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
     return path
+
+
+def scores_path(run_dir: Path, set_name: str) -> Path:
+    """Return where the scores of a set are kept: scores.json for dev, scores_<set>.json else."""
+    return Path(run_dir) / ("scores.json" if set_name == "dev" else f"scores_{set_name}.json")
 
 
 def format_scores(evaluation: Evaluation, *, set_name: str) -> str:

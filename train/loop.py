@@ -144,7 +144,7 @@ class _Trainer:
         begun = next((line for line in self.directory.read("trace") if line["kind"] == "start"), None)
         if origin is None or begun is None:
             return
-        if begun["stage"] != stage or (begun["origin"] or {}).get("weights") != origin["weights"]:
+        if begun["stage"] != stage or (begun["from"] or {}).get("weights") != origin["weights"]:
             raise RunRefused(
                 f"run directory {self.directory.path} holds a run that did not begin at stage {stage} from "
                 f"{origin['file']}; take another --name"

@@ -10,7 +10,11 @@ from perceiver.model import Perceiver
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. conf_head_weight_decay is that of the confidence head's weight; clip bounds the global gradient norm."""
+    """AdamW. conf_head_weight_decay is that of the confidence head's weight; clip bounds the global gradient norm.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -18,6 +22,17 @@ class OptimConfig:
     weight_decay: float = 0.01
     conf_head_weight_decay: float = 0.1
     clip: float = 1.0
+
+    def __post_init__(self):
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("adam_eps", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "conf_head_weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 class Schedule(Protocol):

@@ -61,11 +61,13 @@ class RunDirectory:
     def fix_recipe(self, recipe: Recipe) -> None:
         """Save the recipe, or check that it is the one the directory already has.
 
+        A directory without a checkpoint has nothing to lose: its recipe may be corrected.
+
         Raises:
             RunRefused: the directory holds a run of another recipe; names the values that differ.
         """
         path, values = self.path / "config.json", recipe_to_dict(recipe)
-        if not path.exists():
+        if not path.exists() or not any(self.path.glob("*.pt*")):
             write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
             return
         different = differing_keys(json.loads(path.read_text()), values)
@@ -97,6 +99,11 @@ class RunDirectory:
         for path in self.path.glob("*.jsonl"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+    def clear_logs(self) -> None:
+        """Remove the logs of a run that never came to its first checkpoint."""
+        for path in self.path.glob("*.jsonl"):
+            path.unlink()
 
     def cut_logs(self, step: int) -> None:
         """Drop what the logs say of steps after `step`, and a line that a crash left half-written."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ def signals_noted() -> Iterator[list[int]]:
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
+        print("\nfinishing this step and saving; once more to stop at once", file=sys.stderr, flush=True)
         signal.signal(number, before[number])
 
     for number in before:

@@ -16,12 +16,15 @@ from train.config import Recipe, recipe_from_dict
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model on the CPU, the post-processing of its recipe, and what is known of its weights."""
+    """A model on the CPU, the post-processing and arithmetic of its recipe, and what is known of its weights."""
 
     model: Perceiver
     postprocess: PostprocessConfig
     record: Mapping[str, Any]
     optimizer: Mapping[str, Any] | None = None
+    threads: int = 2
+    precision: str = "auto"
+    impl: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,9 @@ def load_model(path: Path) -> LoadedModel:
         postprocess=recipe.postprocess,
         record={"file": path.name, "step": checkpoint.step, "weights": tensors_digest(checkpoint.model)},
         optimizer=checkpoint.optimizer,
+        threads=recipe.threads,
+        precision=recipe.precision,
+        impl=recipe.impl,
     )
 
 
