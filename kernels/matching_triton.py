@@ -4,8 +4,9 @@ One program per item, the tile of all pairs in registers (`kernels.sinkhorn_tile
 losses and gradients follow from each other without a number of size N x M in memory. Coordinates are read one axis at a
 time from the cache, and the cost is computed again after the solve, so that few tiles are alive at once.
 
-Sums are those of `sinkhorn_tile.sum_over`. An item's bits depend on its own values and on the tile that holds N and M:
-not on the batch, its neighbours, or padding within the tile.
+Sums are those of `sinkhorn_tile.sum_over`. An item's bits depend on its own values alone: not on the batch, its
+neighbours or padding. Every tile lies in the threads in the same way, so that a larger one only adds zeros at the end
+of each sum.
 """
 
 import torch
@@ -25,8 +26,8 @@ from kernels.sinkhorn_tile import (
     uniform_log_masses,
 )
 
-# (rows, columns) of the tile -> warps with a detached plan, warps with an exact one
-WARPS = {(64, 64): (4, 8), (64, 128): (8, 16), (128, 64): (8, 16), (128, 128): (16, 16)}
+# rows and columns side by side in the threads of a program, for every architecture, tile and mode
+LAYOUT = {"N0": 16, "M0": 16, "num_warps": 8, "num_stages": 1}
 
 
 def match_segments_forward_triton(
@@ -39,7 +40,6 @@ def match_segments_forward_triton(
     grads_B27N = len_BN.new_empty((B, 2, 7, N) if need_grad else 0, dtype=torch.float32)
     exact = need_grad and settings.plan_gradient == "exact"
     history = len_BN.new_empty((B, N + M + 2, settings.iterations + 1) if exact else 0, dtype=torch.float32)
-    tile = tuple(64 if size <= 64 else 128 for size in (N, M))
     inputs = (tensor.contiguous() for tensor in (mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B))
     if B:
         _match_segments_fwd_kernel[(B,)](
@@ -47,7 +47,7 @@ def match_segments_forward_triton(
             settings.direction_weight, settings.length_weight, settings.cost_scale,
             -1 / settings.eps, -settings.cost_scale * settings.dustbin / settings.eps,
             MINIMAL=settings.slack == "minimal", NEED_GRAD=need_grad, EXACT=exact,
-            BLOCK_N=tile[0], BLOCK_M=tile[1], N0=16, M0=8, num_warps=WARPS[tile][exact], num_stages=1,
+            BLOCK_N=64 if N <= 64 else 128, BLOCK_M=64 if M <= 64 else 128, **LAYOUT,
         )  # fmt: skip
     return transport_B, endpoint_B, matched_BN, partner_BN, grads_B27N
 
