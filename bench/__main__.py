@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.results import RESULTS, condense, default_name, format_results, write_results
+from bench.results import condense, default_name, format_results, write_results
 
 SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py")))
 
@@ -21,12 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run suites; exit code 0 only if every check was green."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)} (default: all)")
-    parser.add_argument("--out", type=Path, help="JSON file of the medians (default: bench/results/<device>.json)")
+    parser.add_argument("--out", type=Path, help="JSON file of the medians (default: runs/bench-<device>.json)")
     options = parser.parse_args(arguments)
     unknown = [suite for suite in options.suites if suite not in SUITES]
     if unknown:
         parser.error(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
-    out = options.out or RESULTS / f"{default_name()}.json"
+    out = options.out or Path("runs") / f"bench-{default_name()}.json"
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw.json"
         code = _run_pytest(options.suites or SUITES, raw)

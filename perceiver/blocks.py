@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kernels.attention import gqa_attention
+from kernels.attention import HEAD_WIDTHS, gqa_attention
 from kernels.philox import Counter, dropout
 
 
@@ -60,6 +60,10 @@ class GroupedQueryAttention(nn.Module):
             raise ValueError(f"channels must be a multiple of heads, got {channels} and {heads}")
         if heads % kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
+        if channels // heads not in HEAD_WIDTHS:
+            raise ValueError(
+                f"channels / heads must be one of {', '.join(map(str, HEAD_WIDTHS))}, got {channels // heads}"
+            )
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, channels // heads
         kv_channels = kv_heads * self.head_width
         self.q_proj = nn.Linear(channels, channels, bias=False)
@@ -77,6 +81,7 @@ class GroupedQueryAttention(nn.Module):
         key_mask_BS: torch.Tensor | None = None,
         impl: str = "auto",
     ) -> torch.Tensor:
+        """Attend from x to the memory (without one, to x); at most one of count and mask says which keys count."""
         memory_BSC = x_BTC if memory_BSC is None else memory_BSC
         o_BHTD = gqa_attention(
             self._split(self.q_proj(x_BTC), self.heads),

@@ -1,5 +1,6 @@
 """The published checkpoint: a file with `model`, a state dict, and `args`, the command line it was trained with."""
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -26,16 +27,19 @@ def load_published(path: str | Path) -> Perceiver:
     """Load the published `checkpoint.pt`, or any file of its form, strictly.
 
     Args:
-        path: a `torch.save`d dict with `model` (names with or without `segmenter._orig_mod.`) and `args`.
+        path: a `torch.save`d dict with `model` (names with or without `segmenter._orig_mod.`) and `args`, a dict or an
+            `argparse.Namespace`.
     Returns:
         The model on the CPU in evaluation mode.
     Raises:
         ValueError: the file is not of this form, an argument asks for another model, or names or shapes differ.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping) or not {"model", "args"} <= content.keys():
         raise ValueError(f"{path} must hold a dict with 'model' and 'args'; it is not a published checkpoint")
-    model = Perceiver(config_from_args(content["args"]))
+    args = content["args"]
+    model = Perceiver(config_from_args(vars(args) if isinstance(args, argparse.Namespace) else args))
     state = {name.replace(_COMPILED_PREFIX, "segmenter."): value for name, value in content["model"].items()}
     try:
         model.load_state_dict(state, strict=True)

@@ -51,9 +51,12 @@ def test_temperature_starts_at_the_root_of_the_head_width():
     torch.testing.assert_close(module.log_scale.exp(), torch.full((4,), 8.0))
 
 
-@pytest.mark.parametrize(("channels", "heads", "kv_heads", "name"), [(30, 4, 2, "channels"), (64, 4, 3, "heads")])
-def test_widths_that_do_not_divide_are_refused(channels, heads, kv_heads, name):
-    with pytest.raises(ValueError, match=f"{name} must be a multiple"):
+@pytest.mark.parametrize(
+    ("channels", "heads", "kv_heads", "name"),
+    [(30, 4, 2, "channels"), (64, 4, 3, "heads"), (96, 4, 2, "channels / heads")],
+)
+def test_widths_that_do_not_fit_are_refused(channels, heads, kv_heads, name):
+    with pytest.raises(ValueError, match=f"{name} must be (a multiple|one of)"):
         GroupedQueryAttention(channels, heads, kv_heads)
 
 

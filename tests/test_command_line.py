@@ -33,8 +33,11 @@ def test_a_run_can_be_scored_and_compared_and_answers_a_set(runs, tmp_path, caps
     assert main(["evaluate", str(runs / "tiny"), *data, *score]) == 0
     scores = json.loads((tmp_path / "scores_validation.json").read_text())
     assert (scores["set"], scores["scenes"], scores["checkpoint"]["step"]) == ("official validation", 3, 20)
-    assert main(["predict", str(runs / "tiny" / "stage3.pt"), *data, "--out", str(tmp_path / "submission.json")]) == 0
-    rows = json.loads((tmp_path / "submission.json").read_text())
+    assert (
+        main(["predict", str(runs / "tiny" / "stage3.pt"), *data, "--out", str(tmp_path / "new" / "submission.json")])
+        == 0
+    )
+    rows = json.loads((tmp_path / "new" / "submission.json").read_text())
     assert len(rows) == 3
     assert all(row["wf_vertices"] and row["wf_edges"] for row in rows)
     assert main(["compare", str(runs / "tiny"), str(runs / "tiny")]) == 0
@@ -74,6 +77,7 @@ def test_what_cannot_be_checked_is_exit_code_2_and_what_is_wrong_1(runs, tmp_pat
     [
         (["run", "--recipe", "demoo"], "recipe 'demoo' does not exist; known recipes: demo"),
         (["run", "--recipe", "tiny", "--from", "nothing.pt"], "checkpoint nothing.pt does not exist"),
+        (["run", "--recipe", "tiny", "--start-stage", "2"], "--start-stage must come with --from CHECKPOINT"),
         (["evaluate", "nowhere", "--data", "roofs:easy"], "checkpoint nowhere does not exist"),
         (["compare", "nowhere", "nowhere"], "nowhere holds no run"),
     ],

@@ -213,10 +213,12 @@ def test_another_set_is_refused(scenes, pool, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_directory_that_is_not_there_is_an_error(scenes, pool, tmp_path):
+def test_a_directory_that_is_not_there_is_made(scenes, pool, tmp_path):
     evaluation = evaluate(Oracle(), scenes[:1], machine=CPU, batch=8, postprocess=SETTINGS, pool=pool, yardsticks=False)
-    with pytest.raises(FileNotFoundError):
-        write_scores(tmp_path / "nowhere", evaluation, set_name="dev", source="", postprocess=SETTINGS)
+    where = {"set_name": "dev", "source": "roofs:easy#dev", "postprocess": SETTINGS}
+    path = write_scores(tmp_path / "new" / "run", evaluation, **where)
+    assert path.is_file()
+    assert path.with_suffix(".csv").is_file()
 
 
 def processed_truth_score(roofs: list[Scene], postprocess: PostprocessConfig) -> float:

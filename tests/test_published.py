@@ -1,5 +1,7 @@
 """The published checkpoint's form loads strictly; anything else is refused with a reason."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -37,11 +39,12 @@ def small_published() -> Perceiver:
     return stirred(Perceiver(config_from_args(ARGS)))
 
 
+@pytest.mark.parametrize("args", [ARGS, argparse.Namespace(**ARGS)], ids=["dict", "namespace"])
 @pytest.mark.parametrize("prefix", ["segmenter.", "segmenter._orig_mod."])
-def test_checkpoint_loads_with_and_without_the_compiled_prefix(tmp_path, prefix):
+def test_checkpoint_loads_with_and_without_the_compiled_prefix(tmp_path, prefix, args):
     model = small_published()
     state = {name.replace("segmenter.", prefix): value for name, value in model.state_dict().items()}
-    torch.save({"model": state, "args": ARGS}, tmp_path / "checkpoint.pt")
+    torch.save({"model": state, "args": args}, tmp_path / "checkpoint.pt")
     loaded = load_published(tmp_path / "checkpoint.pt")
     assert not loaded.training
     batch = small_batch()

@@ -70,12 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     # an abbreviated flag could be the whole name of a recipe's value
     add = functools.partial(commands.add_parser, allow_abbrev=False)
 
-    sub = add("run", help="train a recipe; every value of it is a flag, see run --recipe NAME --help-recipe")
+    epilog = "Every value of the recipe is a flag as well: --help-recipe lists them."
+    sub = add(
+        "run", help="train a recipe; every value of it is a flag, see run --recipe NAME --help-recipe", epilog=epilog
+    )
     sub.add_argument("--recipe", default="demo", help="a name in configs/, or a path to a .json file (default: demo)")
     sub.add_argument("--name", help="name of the run's directory (default: the recipe's name)")
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="directory of all runs (default: runs)")
     sub.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="start from these weights")
-    sub.add_argument("--start-stage", type=int, default=1, metavar="K", help="with --from: the first stage to train")
+    sub.add_argument("--start-stage", type=int, metavar="K", help="with --from: the first stage to train (default: 1)")
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     sub.add_argument("--strict", action="store_true", help="stop at a row that cannot be read: --data.strict")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -130,7 +133,9 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.strict:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, strict=True))
     run_dir = options.runs / (options.name or recipe.name)
-    start = load_start(options.start, options.start_stage, recipe) if options.start else None
+    if options.start_stage is not None and not options.start:
+        raise ValueError("--start-stage must come with --from CHECKPOINT: which weights should the stage start from?")
+    start = load_start(options.start, options.start_stage or 1, recipe) if options.start else None
     trained = run(recipe, run_dir, start=start, device=options.device, progress=not options.quiet)
     print(f"{run_dir} is {'complete' if trained else 'complete already; nothing was done'}")
     _report(run_dir)

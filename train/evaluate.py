@@ -196,6 +196,7 @@ def write_scores(
     writer.writerow(SceneRow._fields)
     writer.writerows(evaluation.rows)
     path = scores_path(run_dir, set_name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path.with_suffix(".csv"), table.getvalue().encode())
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
     return path

@@ -46,7 +46,7 @@ def run(
     start: StartPoint | None = None,
     device: str | None = None,
     progress: bool = True,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] | None = None,
 ) -> bool:
     """Train a recipe in a directory, from its checkpoint where there is one.
 
@@ -56,7 +56,7 @@ def run(
         start: partial reproduction, from given weights at the beginning of a stage; ignored once there is a checkpoint.
         device: "cpu", "cuda", "cuda:N"; None takes a GPU where there is one.
         progress: show a bar.
-        say: receives lines for people.
+        say: receives lines for people; None prints them above the bar.
     Returns:
         False if the directory already held the complete run.
     Raises:
@@ -75,7 +75,7 @@ def run(
         require_scorer()
     with directory.locked(), ScorePool(recipe.evaluate.workers) as pool:
         directory.fix_recipe(recipe)
-        trainer = _Trainer(recipe, directory, machine, pool, progress=progress, say=say)
+        trainer = _Trainer(recipe, directory, machine, pool, progress=progress, say=say or _print_above_the_bar)
         trainer.restore(start)
         if trainer.step == recipe.stages[-1].until:
             return False
@@ -84,6 +84,12 @@ def run(
                 if trainer.step < stage.until:
                     trainer.train_stage(number, stage, caught)
     return True
+
+
+def _print_above_the_bar(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line)
 
 
 class _Trainer:

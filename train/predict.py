@@ -43,6 +43,7 @@ def predict_command(
     wireframes = predict_wireframes(model, scenes, machine=machine, batch=batch, postprocess=postprocess)
     answers = {scene.order_id: wireframe for scene, wireframe in zip(scenes, wireframes, strict=True)}
     rows = [submission_row(order_id, answers.get(order_id, fallback_wireframe())) for order_id in wanted]
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(out), (json.dumps(rows) + "\n").encode())
     print(f"{len(rows)} answers, {len(rows) - len(answers)} of them the fallback for want of data, written to {out}")
     return rows

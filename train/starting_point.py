@@ -1,7 +1,8 @@
 """Weights from a file: a run, a checkpoint of ours, or the published one; to start a stage from, or to score."""
 
+import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from perceiver.model import Perceiver
 from perceiver.published import load_published
 from perceiver.wireframe import PostprocessConfig
 from train.checkpoint import CheckpointError, load_checkpoint, load_newest, tensors_digest
-from train.config import Recipe, recipe_from_dict
+from train.config import Recipe, differing_keys, recipe_from_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +78,19 @@ def load_start(path: Path, stage: int, recipe: Recipe) -> StartPoint:
     if not 1 <= stage <= len(recipe.stages):
         raise ValueError(f"--start-stage must be 1 to {len(recipe.stages)}, got {stage}")
     loaded = load_model(path)
-    if loaded.model.config != recipe.model:
-        raise ValueError(f"{path} holds a model of another architecture than the recipe: {loaded.model.config}")
+    different = differing_keys(
+        asdict(loaded.model.config), asdict(recipe.model) | {"dropout": loaded.model.config.dropout}
+    )
+    if different:
+        raise ValueError(f"{path} holds a model of another architecture than the recipe: {', '.join(different)} differ")
     return StartPoint(loaded=loaded, stage=stage)
 
 
 def _is_published(path: Path) -> bool:
     """Whether a file has the published form: a dict with `model` and `args`."""
     try:
-        content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except Exception:
         return False
     return isinstance(content, dict) and "args" in content
