@@ -24,7 +24,15 @@ def test_the_first_signal_says_what_happens_next(capsys):
     assert "finishing this step and saving; once more to stop at once" in capsys.readouterr().err
 
 
-def test_a_second_interrupt_interrupts():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal; a shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_interrupts(interruptible):
     with signals_noted() as caught:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
