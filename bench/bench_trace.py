@@ -1,0 +1,34 @@
+"""What evidence costs: a digest of all weights and optimizer states.
+
+A digest is due every `trace_every` steps, so its share of a step is digest / (trace_every * step). Before it is timed,
+the digest is shown to change with one bit.
+"""
+
+import pytest
+import torch
+
+from perceiver.model import Perceiver
+from train.config import load_recipe
+from train.determinism import enter
+from train.optim import build_optimizer
+from train.trace import digest, state_tensors
+
+
+@pytest.mark.parametrize("name", ["s23dr", "demo"])
+def bench_digest(benchmark, name):
+    recipe = load_recipe(name)
+    machine = enter(threads=recipe.threads, precision="auto", impl="auto")
+    model = Perceiver(recipe.model, seed=recipe.seed).to(machine.device)
+    optimizer = build_optimizer(model, recipe.optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = state_tensors(model.state_dict(), optimizer.state_dict())
+    before = digest(state)
+    with torch.no_grad():
+        model.segmenter.latent_embed.weight.view(torch.int32)[0, 0] ^= 1
+    assert digest(state) != before, "one flipped bit does not change the digest"
+    benchmark.group = "digest of weights and optimizer"
+    numbers = sum(tensor.numel() for tensor in state.values())
+    benchmark.extra_info.update(recipe=name, numbers=numbers, trace_every=recipe.trace_every, threads=recipe.threads)
+    benchmark.pedantic(digest, args=(state,), rounds=15, warmup_rounds=2)
