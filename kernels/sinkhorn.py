@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import sinkhorn_eager, sinkhorn_small
+from kernels import sinkhorn_eager, sinkhorn_large, sinkhorn_small
 from kernels.dispatch import resolve, values_are_readable
 
 MAX_SIZE = 2048
@@ -47,7 +47,32 @@ def sinkhorn(
     impl: str = "auto",
     _path: str = "auto",
 ) -> Transport:
-    """Solve a batch of ragged transport problems by Sinkhorn's iteration, differentiably."""
+    """Solve a batch of ragged transport problems by Sinkhorn's iteration, differentiably.
+
+    The formula stands at the head of this file. The gradient is exact for the result of `iterations` steps (neither
+    implicit nor an envelope), from all three outputs, with respect to cost, dustbin, log_a and log_b.
+
+    Args:
+        cost_BNM: costs; float32, bfloat16, float16, or float64 where the eager form runs; N, M from 0 to 2048.
+        rows_B, cols_B: integers in [0, N] and [0, M]: how many rows and columns of an item count; None: all. The rest
+            is padding and may hold anything, also NaN. On a GPU they are clamped.
+        eps: the regularisation, > 0, in the unit of the cost.
+        iterations: >= 1, always all of them.
+        dustbin: cost of leaving a row or column unmatched, a number or a scalar tensor; None: no dustbin, the plan sums
+            to 1 and the slacks are 0.
+        slack: "full" lets every row and column go to the dustbin; "minimal" only as many as must.
+        log_a_BN, log_b_BM: logarithms of masses in place of the uniform ones of that side, -inf is padding; without a
+            dustbin their totals must agree.
+        impl: "auto", "eager" or "triton", see `kernels.dispatch`. `_path` forces "log" or "scaling" in tests.
+    Returns:
+        Transport, in the dtype of cost; zeros, with gradients 0, where a side is empty.
+    Raises:
+        ValueError: a shape, dtype, device, count, total or option outside of the above.
+    Determinism: repeats bit for bit. Triton: an item's bits do not depend on the batch or on padding.
+    Names elsewhere: cost is M (POT, GeomLoss) or C (OTT); eps is reg (POT, GeomLoss) or epsilon (OTT); iterations is
+        max_iter; dustbin is SuperGlue's bin score, negated.
+    Source: Cuturi 2013; Sarlin et al. 2020, SuperGlue (marginals of the dustbin).
+    """
     _check(cost_BNM, rows_B, cols_B, eps, iterations, dustbin, slack, log_a_BN, log_b_BM, _path)
     impl = resolve(impl, cost_BNM.device)
     if impl == "triton" and cost_BNM.dtype == torch.float64:
@@ -160,11 +185,13 @@ def sinkhorn_forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return plan, row slack, column slack, (u, v) from the start on [B, N+1 + M+1, T+1] and who scales [B]."""
-    if impl == "triton":
+    N, M = cost.shape[1:]
+    if impl == "triton" and max(N, M) <= sinkhorn_small.MAX_TILE:
         return sinkhorn_small.sinkhorn_small_forward(
             cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack, path
         )
-    N, M = cost.shape[1:]
+    if impl == "triton":
+        return sinkhorn_large.sinkhorn_large_forward(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack)
     Z, log_mass_a, log_mass_b, total, shift = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack)
     P, potentials, scales = sinkhorn_eager.solve(Z, log_mass_a, log_mass_b, iterations, shift, path)
     P = (P * total).to(cost.dtype)
@@ -193,15 +220,15 @@ def sinkhorn_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of cost, dustbin [B], log a and log b (shape [0] where there are none), item by item."""
-    if impl == "triton":
-        return sinkhorn_small.sinkhorn_small_backward(
-            grad_plan, grad_row_slack, grad_col_slack, cost, rows, cols, dustbin, log_a, log_b,
-            potentials, scales, eps, slack,
-        )  # fmt: skip
     N, M = cost.shape[1:]
+    upstream, inputs = (grad_plan, grad_row_slack, grad_col_slack), (cost, rows, cols, dustbin, log_a, log_b)
+    if impl == "triton" and max(N, M) <= sinkhorn_small.MAX_TILE:
+        return sinkhorn_small.sinkhorn_small_backward(*upstream, *inputs, potentials, scales, eps, slack)
+    if impl == "triton":
+        return sinkhorn_large.sinkhorn_large_backward(*upstream, *inputs, potentials, eps, slack)
     Z, log_mass_a, log_mass_b, total, shift = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack)
     G = torch.zeros_like(Z)
-    G[:, :N, :M], G[:, :N, M], G[:, N, :M] = grad_plan, grad_row_slack, grad_col_slack
+    G[:, :N, :M], G[:, :N, M], G[:, N, :M] = upstream
     grad_Z, grad_a, grad_b = sinkhorn_eager.reverse(G * total, Z, log_mass_a, log_mass_b, shift, potentials, scales)
     grad_cost = (grad_Z[:, :N, :M] / -eps).to(cost.dtype)
     grad_dustbin = (grad_Z[:, :, M].sum(1) + grad_Z[:, N, :M].sum(1)) / -eps

@@ -121,7 +121,7 @@ def _sinkhorn_fwd_kernel(
 ):
     item = tl.program_id(0).to(tl.int64)
     row, col = row_offsets(BLOCK_N, N0), col_offsets(BLOCK_M, M0)
-    masses, factor = _masses(item, rows_ptr, cols_ptr, log_a_ptr, log_b_ptr, dustbin_ptr, row, col, N, M, MINIMAL)
+    masses, factor = load_masses(item, rows_ptr, cols_ptr, log_a_ptr, log_b_ptr, dustbin_ptr, row, col, N, M, MINIMAL)
     Z, z = _exponents(item, cost_ptr, cost_b, cost_n, cost_m, dustbin_ptr, neg_inv_eps, row, col, masses)
     SHIFT: tl.constexpr = dustbin_ptr is not None and not MINIMAL
     history = (history_ptr + item * (N + M + 2) * (iterations + 1), N, M, iterations)
@@ -168,7 +168,7 @@ def _sinkhorn_bwd_kernel(
 ):
     item = tl.program_id(0).to(tl.int64)
     row, col = row_offsets(BLOCK_N, N0), col_offsets(BLOCK_M, M0)
-    masses, factor = _masses(item, rows_ptr, cols_ptr, log_a_ptr, log_b_ptr, dustbin_ptr, row, col, N, M, MINIMAL)
+    masses, factor = load_masses(item, rows_ptr, cols_ptr, log_a_ptr, log_b_ptr, dustbin_ptr, row, col, N, M, MINIMAL)
     log_a, log_a_bin, log_b, log_b_bin = masses
     Z, z = _exponents(item, cost_ptr, cost_b, cost_n, cost_m, dustbin_ptr, neg_inv_eps, row, col, masses)
     # the factor of the plan goes into the upstream gradients
@@ -193,7 +193,7 @@ def _sinkhorn_bwd_kernel(
 
 
 @triton.jit
-def _masses(
+def load_masses(
     item, rows_ptr, cols_ptr, log_a_ptr, log_b_ptr, dustbin_ptr, row, col, N, M, MINIMAL: tl.constexpr
 ):  # fmt: skip
     """Return the masses and the plan's factor, from the counts or from the given log masses."""
