@@ -1,6 +1,9 @@
 import os
+import re
 import signal
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,10 +59,20 @@ def test_two_workers_score_the_same_bits_in_the_same_order_again_and_again(jobs,
         assert pool.score(jobs[:2]) == inline_scores[:2]
 
 
+def ignores_interrupts(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16) >> (signal.SIGINT - 1) & 1)
+
+
 def test_workers_leave_an_interrupt_to_the_process_that_owns_them(jobs, inline_scores):
     with ScorePool(2) as pool:
         pool.score(jobs[:2])
-        for pid in pool._executor._processes:
+        workers, deadline = list(pool._executor._processes), time.monotonic() + 60
+        # a worker that is still starting has nothing to lose to an interrupt yet
+        while not all(ignores_interrupts(pid) for pid in workers):
+            assert time.monotonic() < deadline, "a worker does not ignore SIGINT"
+            time.sleep(0.01)
+        for pid in workers:
             os.kill(pid, signal.SIGINT)
         assert pool.score(jobs[:2]) == inline_scores[:2]
 
