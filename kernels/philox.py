@@ -57,7 +57,7 @@ def philox_4x32(
             raise ValueError(f"counters must be int64, got {tensor.dtype}")
     device = tensors[0].device if tensors else torch.device("cpu")
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    flat = [torch.as_tensor(c, dtype=torch.int64, device=device).expand(shape).reshape(-1) for c in counters]
+    flat = [_as_tensor(c, device).expand(shape).reshape(-1) for c in counters]
     count = flat[0].numel()
     words = torch.empty(4, count, dtype=torch.int64, device=device)
     for start in range(0, count, _CHUNK):
@@ -65,6 +65,11 @@ def philox_4x32(
         for word, value in zip(words, _rounds(*(c[part] for c in flat), seed), strict=True):
             word[part] = value
     return words[0].reshape(shape), words[1].reshape(shape), words[2].reshape(shape), words[3].reshape(shape)
+
+
+def _as_tensor(counter: Counter, device: torch.device) -> torch.Tensor:
+    # filled on the device: a copy from the host could not be recorded into a CUDA graph
+    return counter if isinstance(counter, torch.Tensor) else torch.full((), counter, dtype=torch.int64, device=device)
 
 
 def _rounds(c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor, seed: int):

@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 
+import train.graph
 import train.loop
 from tests.test_checkpoint import checkpoint
 from tests.tiny_runs import tiny_recipe, train_quietly
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.compare import compare_runs
 from train.rundir import RunDirectory, RunRefused
-from train.step import update
+from train.step import advance
 
 
 @pytest.fixture
@@ -101,12 +102,12 @@ def test_one_flipped_bit_while_training_is_found_down_to_step_and_tensor(finishe
     weight = "segmenter.decoder_layers.0.ffn.ffn.linear1.weight"
 
     def struck(model, *args, step, **kwargs):
-        result = update(model, *args, step=step, **kwargs)
+        result = advance(model, *args, step=step, **kwargs)
         if step == 8:
             dict(model.named_parameters())[weight].detach().view(torch.int32)[1, 2] ^= 1
         return result
 
-    monkeypatch.setattr(train.loop, "update", struck)
+    monkeypatch.setattr(train.graph, "advance", struck)
     train_quietly(tiny_recipe(), tmp_path / "other")
     comparison = compare_runs(finished, tmp_path / "other")
     assert comparison.sentence == f"step 8 is the first that differs: {finished} and {tmp_path / 'other'} differ"

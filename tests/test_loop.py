@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train.graph
 import train.loop
 from tests.tiny_runs import final_state, tiny_recipe, train_quietly
 from train.checkpoint import load_checkpoint
@@ -21,7 +22,7 @@ from train.loop import RunDiverged, run
 from train.rundir import RunRefused, read_log
 from train.signals import RunStopped
 from train.starting_point import load_start
-from train.step import update
+from train.step import advance
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,9 @@ def _stop_at(monkeypatch, at):
     def interrupted(*args, step, **kwargs):
         if step == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args, step=step, **kwargs)
+        return advance(*args, step=step, **kwargs)
 
-    monkeypatch.setattr(train.loop, "update", interrupted)
+    monkeypatch.setattr(train.graph, "advance", interrupted)
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -111,9 +112,9 @@ def test_the_trace_of_a_run_that_was_killed_or_stopped_is_byte_for_byte_the_same
         def killed(*args, step, at=at, **kwargs):
             if step == at:
                 raise Killed
-            return update(*args, step=step, **kwargs)
+            return advance(*args, step=step, **kwargs)
 
-        monkeypatch.setattr(train.loop, "update", killed)
+        monkeypatch.setattr(train.graph, "advance", killed)
         with pytest.raises(Killed):
             train_quietly(recipe, path)
     monkeypatch.undo()
@@ -260,10 +261,10 @@ def test_a_collapsed_loss_stops_the_run_with_an_explanation(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
-        result = update(*args, **kwargs)
+        result = advance(*args, **kwargs)
         return result._replace(grad_norm=torch.tensor(float("nan")))
 
-    monkeypatch.setattr(train.loop, "update", broken)
+    monkeypatch.setattr(train.graph, "advance", broken)
     with pytest.raises(RunDiverged, match="not finite"):
         train_quietly(tiny_recipe(), tmp_path / "run")
 

@@ -100,6 +100,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(undisturbed, tmp
 KILLS = """
 import functools, os, random, signal, sys
 from pathlib import Path
+import train.graph
 import train.loop
 from tests.tiny_runs import tiny_recipe, train_quietly
 rng, recipe, path = random.Random(2), tiny_recipe(), Path(sys.argv[1])
@@ -121,7 +122,7 @@ for kill in range(11):
     child = os.fork()
     if child == 0:
         left = [rng.randrange(1, 35) if kill < 10 else 10**9]
-        train.loop.update = dying(train.loop.update, "update", left)
+        train.graph.advance = dying(train.graph.advance, "update", left)
         os.replace, os.fsync = dying(os.replace, "replace", left), dying(os.fsync, "fsync", left)
         train_quietly(recipe, path)
         os._exit(0)

@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="start from these weights")
     sub.add_argument("--start-stage", type=int, metavar="K", help="with --from: the first stage to train (default: 1)")
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    sub.add_argument(
+        "--no-graph", action="store_true", help="GPU: launch every kernel by itself; the same bits, slower"
+    )
     sub.add_argument("--strict", action="store_true", help="stop at a row that cannot be read: --data.strict")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
     sub.add_argument("--help-recipe", action="store_true", help="list the recipe's values and their flags")
@@ -136,7 +139,14 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.start_stage is not None and not options.start:
         raise ValueError("--start-stage must come with --from CHECKPOINT: which weights should the stage start from?")
     start = load_start(options.start, options.start_stage or 1, recipe) if options.start else None
-    trained = run(recipe, run_dir, start=start, device=options.device, progress=not options.quiet)
+    trained = run(
+        recipe,
+        run_dir,
+        start=start,
+        device=options.device,
+        graph=not options.no_graph,
+        progress=not options.quiet,
+    )
     print(f"{run_dir} is {'complete' if trained else 'complete already; nothing was done'}")
     _report(run_dir)
     return 0

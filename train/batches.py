@@ -30,7 +30,7 @@ class StageBatches:
     def __init__(self, recipe: Recipe, number: int, data: StageData, device: torch.device):
         self._stage, self._first = recipe.stages[number - 1], recipe.start_of(number - 1)
         self._seed, self._order_ids, self._device = recipe.seed, data.train.order_ids, device
-        self._rows = data.train.rows.to(device)
+        self.rows = data.train.rows.to(device)
         self._per_epoch = batches_per_epoch(len(data.train), self._stage.batch)
         self._epoch, self._order = -1, torch.empty(0)
 
@@ -40,10 +40,17 @@ class StageBatches:
         Raises:
             ValueError: the update belongs to another stage.
         """
+        return self.rows.rows(self.index(step))
+
+    def index(self, step: int) -> torch.Tensor:
+        """Return the numbers of the rows of update `step` in `rows`, int64 [B] on the device.
+
+        Raises:
+            ValueError: the update belongs to another stage.
+        """
         if not self._first < step <= self._stage.until:
             raise ValueError(f"step must be in [{self._first + 1}, {self._stage.until}], got {step}")
         epoch, place = divmod(step - 1 - self._first, self._per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self._order_ids, self._seed, epoch)
-        index_B = batch_indices(self._order, place, self._stage.batch)
-        return self._rows.rows(index_B.to(self._device))
+            self._epoch, self._order = epoch, epoch_order(self._order_ids, self._seed, epoch).to(self._device)
+        return batch_indices(self._order, place, self._stage.batch)

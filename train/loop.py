@@ -23,12 +23,13 @@ from train.data import StageData, describe_coverage
 from train.determinism import Machine, check_state, enter
 from train.evaluate import Evaluation, evaluate, format_scores, write_scores
 from train.examples import write_examples
-from train.optim import build_optimizer
+from train.graph import StageUpdates
+from train.optim import build_optimizer, learning_rate, load_optimizer_state
 from train.rundir import RunDirectory, RunRefused
 from train.signals import RunStopped, signals_noted
 from train.speed import StepClock
 from train.starting_point import StartPoint
-from train.step import StepResult, mean_loss, update
+from train.step import StepResult, mean_loss
 from train.trace import CHECKED_STEPS, Trace, state_tensors
 
 COLLAPSED_MASS = 0.05
@@ -45,6 +46,7 @@ def run(
     *,
     start: StartPoint | None = None,
     device: str | None = None,
+    graph: bool = True,
     progress: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> bool:
@@ -55,6 +57,7 @@ def run(
         run_dir: made if it is not there; holds one run of one recipe.
         start: partial reproduction, from given weights at the beginning of a stage; ignored once there is a checkpoint.
         device: "cpu", "cuda", "cuda:N"; None takes a GPU where there is one.
+        graph: on a GPU, record the updates of a stage into a CUDA graph; the bits are the same without.
         progress: show a bar.
         say: receives lines for people; None prints them above the bar.
     Returns:
@@ -75,7 +78,9 @@ def run(
         require_scorer()
     with directory.locked(), ScorePool(recipe.evaluate.workers) as pool:
         directory.fix_recipe(recipe)
-        trainer = _Trainer(recipe, directory, machine, pool, progress=progress, say=say or _print_above_the_bar)
+        trainer = _Trainer(
+            recipe, directory, machine, pool, graph=graph, progress=progress, say=say or _print_above_the_bar
+        )
         trainer.restore(start)
         if trainer.step == recipe.stages[-1].until:
             return False
@@ -102,11 +107,12 @@ class _Trainer:
         machine: Machine,
         pool: ScorePool,
         *,
+        graph: bool,
         progress: bool,
         say: Callable[[str], None],
     ):
         self.recipe, self.directory, self.machine, self.pool = recipe, directory, machine, pool
-        self.progress, self.say = progress, say
+        self.graph, self.progress, self.say = graph, progress, say
         self.model = Perceiver(recipe.model, seed=recipe.seed).to(machine.device)
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.trace = Trace(recipe, lambda lines: directory.extend("trace", lines))
@@ -128,14 +134,12 @@ class _Trainer:
                     f"has {self.machine.record()}: other arithmetic gives other bits"
                 )
             self.model.load_state_dict(checkpoint.model)
-            self.optimizer.load_state_dict(dict(checkpoint.optimizer))
+            load_optimizer_state(self.optimizer, checkpoint.optimizer)
             self.step = checkpoint.step
         elif start:
             self.model.load_state_dict(start.loaded.model.state_dict())
             if start.loaded.optimizer:
-                # the moments are the checkpoint's, the weight decays and betas this recipe's
-                groups = self.optimizer.state_dict()["param_groups"]
-                self.optimizer.load_state_dict({**start.loaded.optimizer, "param_groups": groups})
+                load_optimizer_state(self.optimizer, start.loaded.optimizer)
             self.step = self.recipe.start_of(start.stage - 1)
         stage, origin = (start.stage, start.loaded.record) if start else (1, None)
         if found:
@@ -163,6 +167,15 @@ class _Trainer:
         if caught:
             raise RunStopped(caught[0], self.step)
         batches = StageBatches(self.recipe, number, data, self.machine.device)
+        updates = StageUpdates(
+            self.model,
+            self.optimizer,
+            batches,
+            stage=stage,
+            recipe=self.recipe,
+            machine=self.machine,
+            graph=self.graph,
+        )
         first = self.recipe.start_of(number - 1)
         clock = StepClock(self.step)
         if self.step == first and stage.until - CHECKED_STEPS <= first:
@@ -170,16 +183,8 @@ class _Trainer:
         with self._bar(number, stage, first) as bar:
             while self.step < stage.until:
                 self.step += 1
-                result = update(
-                    self.model,
-                    self.optimizer,
-                    batches.at(self.step),
-                    step=self.step,
-                    stage=stage,
-                    recipe=self.recipe,
-                    machine=self.machine,
-                )
-                self.trace.step(self.step, number, result, self.optimizer.param_groups[0]["lr"], self._state)
+                result = updates(self.step)
+                self.trace.step(self.step, number, result, learning_rate(self.step, stage), self._state)
                 bar.update()
                 if self.step % self.recipe.log_every == 0 or self.step == stage.until:
                     line = self._log(number, stage, result)
@@ -286,7 +291,7 @@ class _Trainer:
         line = {name: float(value) for name, value in result.loss._asdict().items()}
         line["loss"] = line.pop("total")
         line["grad_norm"] = float(result.grad_norm)
-        line["lr"] = self.optimizer.param_groups[0]["lr"]
+        line["lr"] = learning_rate(self.step, stage)
         scales = [p.detach().max() for name, p in self.model.named_parameters() if name.endswith("log_scale")]
         line["tau"] = float(torch.stack(scales).max().exp())
         self.directory.append("metrics", kind="train", step=self.step, stage=number, **line)

@@ -1,7 +1,8 @@
 """AdamW with two weight decays, and the learning rate as a function of the step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -59,15 +60,20 @@ def learning_rate(step: int, stage: Schedule) -> float:
 
 
 def build_optimizer(model: Perceiver, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over two groups: everything, and `conf_head.weight` with its own weight decay."""
+    """AdamW over two groups: everything, and `conf_head.weight` with its own weight decay.
+
+    On a CUDA device the learning rate is a tensor there, so that a recorded update reads it anew at each replay.
+    """
     conf_head = model.segmenter.conf_head.weight
     rest = [p for p in model.parameters() if p is not conf_head]
+    on_gpu = conf_head.is_cuda
     return torch.optim.AdamW(
         [
             {"params": rest, "weight_decay": config.weight_decay},
             {"params": [conf_head], "weight_decay": config.conf_head_weight_decay},
         ],
-        lr=0.0,
+        lr=torch.zeros((), device=conf_head.device) if on_gpu else 0.0,
+        capturable=on_gpu,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
         fused=True,
@@ -77,7 +83,15 @@ def build_optimizer(model: Perceiver, config: OptimConfig) -> torch.optim.AdamW:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group the learning rate `rate`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take the moments of a saved state; weight decays, betas and where the learning rate lives stay as they are."""
+    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def clip_gradients(model: Perceiver, limit: float) -> torch.Tensor:

@@ -18,7 +18,7 @@ from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from train.config import Recipe, recipe_from_dict
 from train.data import StageData
 from train.determinism import EnvironmentRefused, Machine, enter
-from train.optim import build_optimizer
+from train.optim import build_optimizer, learning_rate, load_optimizer_state
 from train.rundir import read_log
 from train.step import update
 from train.trace import Line, Trace, digest, state_tensors, tensor_digests
@@ -132,7 +132,7 @@ class _Past:
         self.step = 0
         if checkpoint:
             self.model.load_state_dict(checkpoint.model)
-            self.optimizer.load_state_dict(dict(checkpoint.optimizer))
+            load_optimizer_state(self.optimizer, checkpoint.optimizer)
             self.step = checkpoint.step
         said = [line["state"] for line in trace if line["step"] == self.step and "state" in line]
         if said and said[0] != digest(self.state()):
@@ -163,7 +163,7 @@ class _Past:
                     recipe=self.recipe,
                     machine=self.machine,
                 )
-                trace.step(self.step, number, result, self.optimizer.param_groups[0]["lr"], self.state)
+                trace.step(self.step, number, result, learning_rate(self.step, stage), self.state)
                 trace.flush()
                 yield lines.pop()
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.philox import Counter
 from perceiver.blocks import DropoutKey
 from perceiver.loss import Loss, segment_loss
 from perceiver.model import Perceiver, Segments
@@ -56,6 +57,21 @@ def update(
         step: keys the augmentation and the dropout, and gives the learning rate.
     Determinism: equal weights, optimizer state, batch and step give equal bits on one kind of machine.
     """
+    set_learning_rate(optimizer, learning_rate(step, stage))
+    return advance(model, optimizer, batch, step=step, stage=stage, recipe=recipe, machine=machine)
+
+
+def advance(
+    model: Perceiver,
+    optimizer: torch.optim.Optimizer,
+    batch: SceneBatch,
+    *,
+    step: Counter,
+    stage: StageConfig,
+    recipe: Recipe,
+    machine: Machine,
+) -> StepResult:
+    """Make an update at the learning rate that the optimizer has; `step` may be a tensor, as in a recorded graph."""
     batch = augment(batch, recipe.augment, seed=recipe.seed, step=step)
     drop = None
     if recipe.model.dropout:
@@ -64,7 +80,6 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     loss.total.backward()
     grad_norm = clip_gradients(model, recipe.optim.clip)
-    set_learning_rate(optimizer, learning_rate(step, stage))
     optimizer.step()
     return StepResult(loss._replace(total=loss.total.detach()), grad_norm)
 
