@@ -94,8 +94,8 @@ def match_segments(
     Raises:
         ValueError: a shape, dtype, device, count or setting is not as above; more than 128 segments; float64 with
             impl="triton".
-    Determinism: triton: an item's bits depend on that item alone, not on the batch, other items or more padding. eager:
-        equal calls give equal bits.
+    Determinism: triton: an item's bits depend on that item alone, not on the batch, other items or padding, as long as
+        N and M stay within the same tile: up to 64 or up to 128. eager: equal calls give equal bits.
     Source: Cuturi 2013 (arXiv:1306.0895), Sinkhorn's iteration; Sarlin et al. 2020 (arXiv:1911.11763), the dustbin.
     """
     settings = Settings(direction_weight, length_weight, cost_scale, eps, iterations, dustbin, slack, plan_gradient)

@@ -4,9 +4,8 @@ One program per item, the tile of all pairs in registers (`kernels.sinkhorn_tile
 losses and gradients follow from each other without a number of size N x M in memory. Coordinates are read one axis at a
 time from the cache, and the cost is computed again after the solve, so that few tiles are alive at once.
 
-Sums are those of `sinkhorn_tile.sum_over`. An item's bits depend on its own values alone: not on the batch, its
-neighbours or padding. Every tile lies in the threads in the same way, so that a larger one only adds zeros at the end
-of each sum.
+Sums are those of `sinkhorn_tile.sum_over`. An item's bits depend on its own values and on the tile that its capacity
+asks for, up to 64 or up to 128 rows and columns: not on the batch, its neighbours or the padding inside a tile.
 """
 
 import torch
@@ -26,8 +25,9 @@ from kernels.sinkhorn_tile import (
     uniform_log_masses,
 )
 
-# rows and columns side by side in the threads of a program, for every architecture, tile and mode
-LAYOUT = {"N0": 16, "M0": 16, "num_warps": 8, "num_stages": 1}
+# rows and columns side by side in the threads of a program, for every architecture, tile and mode; without a limit
+# above what it takes, ptxas aims at two programs per multiprocessor and spills
+LAYOUT = {"N0": 16, "M0": 16, "num_warps": 8, "num_stages": 1, "maxnreg": 224}
 
 
 def match_segments_forward_triton(
@@ -230,7 +230,9 @@ def _endpoint_grads(pull, order, predicted, true, grads_ptr, N):
 @triton.jit
 def _midpoints(predicted, true, axis):
     """Return one coordinate of all midpoints; 0 in the padding."""
-    mid = tl.load(predicted[0] + predicted[3] * 3 + axis, predicted[4], 0.0).to(tl.float32)
+    # of the tile's shape, so that the load decides how tiles and the sums over them lie in the threads
+    rows = predicted[3] + true[1] * 0
+    mid = tl.load(predicted[0] + rows * 3 + axis, tl.broadcast_to(predicted[4], rows.shape), 0.0).to(tl.float32)
     start, end = _true_endpoints(true, axis)
     return mid, (start + end) * 0.5
 

@@ -68,7 +68,8 @@ def sinkhorn(
         Transport, in the dtype of cost; zeros, with gradients 0, where a side is empty.
     Raises:
         ValueError: a shape, dtype, device, count, total or option outside of the above.
-    Determinism: repeats bit for bit. Triton: an item's bits do not depend on the batch or on padding.
+    Determinism: repeats bit for bit. Triton: an item's bits do not depend on the batch or on padding, as long as N and
+        M stay within the same tile: up to 64, up to 128, or beyond.
     Names elsewhere: cost is M (POT, GeomLoss) or C (OTT); eps is reg (POT, GeomLoss) or epsilon (OTT); iterations is
         max_iter; dustbin is SuperGlue's bin score, negated.
     Source: Cuturi 2013; Sarlin et al. 2020, SuperGlue (marginals of the dustbin).

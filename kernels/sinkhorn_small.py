@@ -1,7 +1,7 @@
 """Sinkhorn for tiles to 128x128: one launch solves the batch, one differentiates it; one program per item.
 
-An item's bits depend on its own values alone: not on the batch, its neighbours, strides or padding. Every tile lies in
-the threads in the same way, so that a larger one only adds zeros at the end of each sum.
+An item's bits depend on its own values and on the tile that its capacity asks for, up to 64 or up to 128 rows and
+columns: not on the batch, its neighbours, strides or the padding inside a tile.
 """
 
 import torch
