@@ -88,6 +88,7 @@ def _match_segments_fwd_kernel(
 
     # plan = sinkhorn(cost)
     _, _, _, _, cost = _compare(predicted, true, weights)
+    cost = tl.where(mask_n & mask_m, cost, _anchor(gt_ptr + item * M, M, offs_n, offs_m, N0, M0))
     masses, factor = uniform_log_masses(N, m, offs_n, offs_m, True, MINIMAL)
     P, _, _, scales = solve_tile(cost * neg_inv_eps, z, masses, history, not MINIMAL, AUTO, EXACT)
     P *= factor
@@ -148,6 +149,18 @@ def _match_segments_bwd_kernel(
             tl.store(dir_ptr + (item * N + offs) * 3 + (row - 3), grad, mask)
         else:
             tl.store(len_ptr + item * N + offs, grad, mask)
+
+
+@triton.jit
+def _anchor(gt_ptr, M, offs_n, offs_m, N0: tl.constexpr, M0: tl.constexpr):
+    """Return a tile, for the padding, that was read from memory: its values have no meaning.
+
+    Only loads decide how tiles lie in the threads. Without one of a tile's shape the solver's vectors lie as those that
+    the costs are made of, and every sum of an iteration ends in a change of layout. Addresses rise along n0 and m0, so
+    that these two lie across threads.
+    """
+    at = offs_n % N0 + offs_m % M0
+    return tl.load(gt_ptr + at, at < M, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -230,9 +243,7 @@ def _endpoint_grads(pull, order, predicted, true, grads_ptr, N):
 @triton.jit
 def _midpoints(predicted, true, axis):
     """Return one coordinate of all midpoints; 0 in the padding."""
-    # of the tile's shape, so that the load decides how tiles and the sums over them lie in the threads
-    rows = predicted[3] + true[1] * 0
-    mid = tl.load(predicted[0] + rows * 3 + axis, tl.broadcast_to(predicted[4], rows.shape), 0.0).to(tl.float32)
+    mid = tl.load(predicted[0] + predicted[3] * 3 + axis, predicted[4], 0.0).to(tl.float32)
     start, end = _true_endpoints(true, axis)
     return mid, (start + end) * 0.5
 
