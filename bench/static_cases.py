@@ -188,4 +188,47 @@ def _attention_cases() -> list[Case]:
     ]
 
 
-CASES = (*_sinkhorn_cases(), *_matching_cases(), *_attention_cases())
+def _residual(B: int, T: int, C: int, dtype: torch.dtype, *, first: bool = False, last: bool = False) -> None:
+    from kernels.residual import residual_norm
+
+    x_BTC, gain_C, bias_C = (torch.zeros(*shape, requires_grad=True) for shape in ((B, T, C), (C,), (C,)))
+    y_BTC = None if first else torch.zeros(B, T, C, dtype=dtype, requires_grad=True)
+    options = {"bias_C": bias_C, "rate": 0.1, "scene_B": torch.zeros(B, dtype=torch.int64)} if y_BTC is not None else {}
+    stream = residual_norm(x_BTC, y_BTC, None if last else gain_C, dtype=dtype, copy=not last, impl="triton", **options)
+    outputs = [output for output in stream if output is not None and output is not x_BTC]
+    inputs = [x for x in (x_BTC, y_BTC, None if last else gain_C, None if first else bias_C) if x is not None]
+    torch.autograd.grad(outputs, inputs, [torch.zeros_like(output) for output in outputs])
+
+
+def _residual_cases() -> list[Case]:
+    half, single = torch.bfloat16, torch.float32
+    # name -> (B, T, C, dtype of the products, which one of the stack, only on request)
+    table = {
+        "latents bf16": (64, 256, 256, half, {}, False),
+        "latents fp32": (64, 256, 256, single, {}, False),
+        "first bf16": (1, 256, 256, half, {"first": True}, False),
+        "last bf16": (64, 64, 256, half, {"last": True}, False),
+        "wide bf16": (64, 256, 1024, half, {}, True),
+        "odd bf16": (64, 256, 250, half, {}, True),
+    }
+    return [
+        Case(operator="residual_norm", name=name, run=functools.partial(_residual, *sizes, **which), full=full)
+        for name, (*sizes, which, full) in table.items()
+    ]
+
+
+def _gelu(B: int, T: int, C: int, dtype: torch.dtype) -> None:
+    from kernels.gelu import bias_gelu
+
+    x_BTC, bias_C = torch.zeros(B, T, C, dtype=dtype, requires_grad=True), torch.zeros(C, requires_grad=True)
+    torch.autograd.grad(bias_gelu(x_BTC, bias_C, impl="triton"), [x_BTC, bias_C], torch.zeros(B, T, C, dtype=dtype))
+
+
+def _gelu_cases() -> list[Case]:
+    return [
+        Case(operator="bias_gelu", name=name, run=functools.partial(_gelu, 64, 256, 1024, dtype))
+        for name, dtype in (("latents bf16", torch.bfloat16), ("latents fp32", torch.float32))
+    ]
+
+
+CASES = (*_sinkhorn_cases(), *_matching_cases(), *_attention_cases(), *_residual_cases(), *_gelu_cases())
