@@ -15,7 +15,7 @@ from kernels.reduce import sum_segments
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows of a tile, warps; both passes take COLUMNS columns, and the backward SEGMENT rows in a program
-ROWS, WARPS, COLUMNS, SEGMENT = 8, 4, 256, 32
+ROWS, WARPS, COLUMNS, SEGMENT = 4, 4, 256, 32
 
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
 _ROOT_HALF_PI = tl.constexpr(0.3989422804014327)
@@ -141,7 +141,8 @@ def _bias_gelu_bwd_kernel(
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0).to(tl.int64)
-    dbias = tl.zeros([COLUMNS], tl.float32)
+    # the rows of a tile stay apart until the end: only then do threads have to meet
+    dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, SEGMENT, ROWS):
         offs, mask, offs_c, mask_c = _tile(tl.program_id(0) * SEGMENT + start, rows, C, ROWS, COLUMNS)
         bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
@@ -151,6 +152,6 @@ def _bias_gelu_bwd_kernel(
         dx = dy * (0.5 * (1.0 + tl.erf(z * _ROOT_HALF)) + z * (_ROOT_HALF_PI * tl.exp(-0.5 * z * z)))
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         # a NaN outside never is: dy is 0 there, but z may be infinite where a bias is
-        dbias += tl.sum(tl.where(mask, dx, 0.0), 0)
+        dbias += tl.where(mask, dx, 0.0)
     offs_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    tl.store(partials_ptr + segment * C + offs_c, dbias, mask=offs_c < C)
+    tl.store(partials_ptr + segment * C + offs_c, tl.sum(dbias, 0), mask=offs_c < C)

@@ -18,8 +18,8 @@ import triton.language as tl
 from kernels.philox_tile import dropout_rows, kernel_draws
 from kernels.reduce import sum_segments
 
-# widest row of the class -> (rows of a tile, warps), in both passes
-LAUNCHES = {128: (16, 4), 256: (8, 4), 512: (4, 4), 1024: (4, 8)}
+# widest row of the class -> (rows of a tile, warps), in both passes: eight elements a thread, one call of Philox
+LAUNCHES = {128: (8, 4), 256: (4, 4), 512: (4, 8), 1024: (2, 8)}
 WIDEST = max(LAUNCHES)
 SEGMENT = 32
 
@@ -121,8 +121,9 @@ def _residual_norm_bwd_kernel(
     segment = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
     in_C = offs_c < C
-    dgain = tl.zeros([BLOCK_C], tl.float32)
-    dbias = tl.zeros([BLOCK_C], tl.float32)
+    # the rows of a tile stay apart until the end: only then do threads have to meet
+    dgain = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
     if gain_ptr is not None:
         gain = tl.load(gain_ptr + offs_c, mask=in_C, other=0.0).to(tl.float32)
     for start in tl.range(0, SEGMENT, ROWS):
@@ -142,7 +143,7 @@ def _residual_norm_bwd_kernel(
             dnormed = tl.load(dnormed_ptr + dense, mask=mask, other=0.0).to(tl.float32)
             h = dnormed * gain[None, :]
             dx += (h - unit * (tl.sum(h * unit, 1) / C)[:, None]) * r
-            dgain += tl.sum(dnormed * unit, 0)
+            dgain += dnormed * unit
         tl.store(dx_ptr + dense, dx, mask=mask)
         if dy_ptr is not None:
             # dy = keep * scale * dx
@@ -151,8 +152,8 @@ def _residual_norm_bwd_kernel(
                 dx = tl.where(keep, dx * scale, 0.0)
             tl.store(dy_ptr + dense, dx.to(dy_ptr.dtype.element_ty), mask=mask)
             if HAS_BIAS:
-                dbias += tl.sum(dx, 0)
+                dbias += dx
     if dnormed_ptr is not None:
-        tl.store(partials_ptr + segment * SUMS * C + offs_c, dgain, mask=in_C)
+        tl.store(partials_ptr + segment * SUMS * C + offs_c, tl.sum(dgain, 0), mask=in_C)
     if HAS_BIAS:
-        tl.store(partials_ptr + (segment + 1) * SUMS * C - C + offs_c, dbias, mask=in_C)
+        tl.store(partials_ptr + (segment + 1) * SUMS * C - C + offs_c, tl.sum(dbias, 0), mask=in_C)
