@@ -49,7 +49,7 @@ def residual_norm_backward(dnew_BTC, dnormed_BTC, dcopy_BTC, new_BTC, r_BT, gain
     dx_BTC = new_BTC.new_empty(B, T, C)
     dy_BTC = new_BTC.new_empty(0) if y_dtype is None else new_BTC.new_empty(B, T, C, dtype=y_dtype)
     segments, sums = triton.cdiv(B * T, SEGMENT), (dnormed_BTC is not None) + has_bias
-    partials = new_BTC.new_empty(segments, sums * C)
+    partials = new_BTC.new_empty(segments, sums, C)
     norm = (None, None, None) if dnormed_BTC is None else (new_BTC, r_BT, _dense(gain_C))
     _residual_norm_bwd_kernel[(segments,)](
         _dense(dnew_BTC), _dense(dcopy_BTC), _dense(dnormed_BTC), *norm, step_1, scene_B,
@@ -57,7 +57,7 @@ def residual_norm_backward(dnew_BTC, dnormed_BTC, dcopy_BTC, new_BTC, r_BT, gain
         new_BTC.stride(), B * T, T, *kernel_draws(rate, seed, place),
         C=C, SUMS=sums, HAS_BIAS=has_bias, SEGMENT=SEGMENT, **_tile(C),
     )  # fmt: skip
-    return dx_BTC, dy_BTC, sum_segments(partials).view(sums, C)
+    return dx_BTC, dy_BTC, sum_segments(partials)
 
 
 def _tile(C: int) -> dict[str, Any]:
