@@ -4,20 +4,19 @@ Between two products stands one launch: `residual_norm` ends a block (bias, drop
 (norm, and a copy of the stream for keys and values, which read it as it is); `bias_gelu` stands inside a feed-forward.
 
 Weights go to the dtype of the products in one launch and their gradients come back in one, with the bits of autocast's
-casts. The cross-attentions of a stack read one memory, so their keys and values are one product. `split` lays the
-gradients of its columns side by side once: for three layers, three memories' bytes read and written. Products by layer
-would read the memory three times, read and write its gradient three times, and round it to bfloat16 twice on the way.
+casts. The cross-attentions of a stack read one memory, so their keys and values are one product, and so are the
+gradients of their weights and of the memory: it is read once for all layers, and no gradient of it is added to another.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from kernels.attention import gqa_attention
+from kernels.attention_columns import KeyValueColumns
 from kernels.gelu import bias_gelu
 from kernels.residual import residual_norm
 from perceiver.blocks import DropoutKey, FeedForwardBlock, GroupedQueryAttention, Layer
@@ -65,10 +64,10 @@ def _run(layers: list[Layer], table_LC, memory_BSC, key_count_B, draws, as_memor
         if isinstance(block, FeedForwardBlock):
             y_BTC, bias_C = _feed_forward(block, stream.normed_BTC, weights), block.ffn.linear2.bias
         elif block in selves:
-            keys_values = next(_keys_and_values(stream.copy_BTC, [block.attn], weights))
-            y_BTC = _attend(block.attn, stream.normed_BTC, keys_values, None, weights)
+            from_stream = _keys_and_values(stream.copy_BTC, [block.attn], weights)
+            y_BTC = _attend(block.attn, stream.normed_BTC, from_stream, None, weights)
         else:
-            y_BTC = _attend(block.attn, stream.normed_BTC, next(from_memory), key_count_B, weights)
+            y_BTC = _attend(block.attn, stream.normed_BTC, from_memory, key_count_B, weights)
         stream = residual_norm(
             stream.new_BTC.expand(B, -1, -1),
             y_BTC,
@@ -83,11 +82,12 @@ def _run(layers: list[Layer], table_LC, memory_BSC, key_count_B, draws, as_memor
     return stream.copy_BTC if as_memory else stream.new_BTC
 
 
-def _attend(attn: GroupedQueryAttention, x_BTC, keys_values, key_count_B, weights: _Weights) -> torch.Tensor:
+def _attend(
+    attn: GroupedQueryAttention, x_BTC, columns: KeyValueColumns, key_count_B, weights: _Weights
+) -> torch.Tensor:
     """Attention up to its output product. Queries that are the same for all items are projected once."""
-    k_BGSD, v_BGSD = keys_values
-    q_BHTD = attn.split(linear(x_BTC, weights[attn.q_proj,]), attn.heads).expand(len(k_BGSD), -1, -1, -1)
-    o_BHTD = gqa_attention(q_BHTD, k_BGSD, v_BGSD, attn.log_scale, key_count_B=key_count_B, impl="triton")
+    q_BHTD = attn.split(linear(x_BTC, weights[attn.q_proj,]), attn.heads).expand(len(columns.kv_BSX), -1, -1, -1)
+    o_BHTD = columns.attend(q_BHTD, attn.log_scale, kv_heads=attn.kv_heads, key_count_B=key_count_B)
     return linear(o_BHTD.transpose(1, 2).flatten(2), weights[attn.out_proj,])
 
 
@@ -97,14 +97,9 @@ def _feed_forward(block: FeedForwardBlock, x_BTC, weights: _Weights) -> torch.Te
     return linear(hidden_BTF, weights[block.ffn.linear2,])
 
 
-def _keys_and_values(
-    memory_BSC: torch.Tensor, readers: Sequence[GroupedQueryAttention], weights: _Weights
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield k_BGSD and v_BGSD of each reader, views of one product."""
-    projections = _key_value_projections(readers)
-    columns = linear(memory_BSC, weights[projections]).split([p.out_features for p in projections], -1)
-    for attn, k_BSC, v_BSC in zip(readers, columns[::2], columns[1::2], strict=True):
-        yield attn.split(k_BSC, attn.kv_heads), attn.split(v_BSC, attn.kv_heads)
+def _keys_and_values(memory_BSC, readers: Sequence[GroupedQueryAttention], weights: _Weights) -> KeyValueColumns:
+    """The keys and values of the readers, in their order, from one product."""
+    return KeyValueColumns(linear(memory_BSC, weights[_key_value_projections(readers)]))
 
 
 def _key_value_projections(readers: Sequence[GroupedQueryAttention]) -> tuple[nn.Linear, ...]:
