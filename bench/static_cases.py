@@ -188,32 +188,45 @@ def _attention_cases() -> list[Case]:
     ]
 
 
-def _residual(B: int, T: int, C: int, dtype: torch.dtype, *, first: bool = False, last: bool = False) -> None:
+def _residual(B: int, T: int, C: int, dtype: torch.dtype, *, y=True, bias=True, norm=True, copy=True) -> None:
     from kernels.residual import residual_norm
 
     x_BTC, gain_C, bias_C = (torch.zeros(*shape, requires_grad=True) for shape in ((B, T, C), (C,), (C,)))
-    y_BTC = None if first else torch.zeros(B, T, C, dtype=dtype, requires_grad=True)
-    options = {"bias_C": bias_C, "rate": 0.1, "scene_B": torch.zeros(B, dtype=torch.int64)} if y_BTC is not None else {}
-    stream = residual_norm(x_BTC, y_BTC, None if last else gain_C, dtype=dtype, copy=not last, impl="triton", **options)
+    y_BTC = torch.zeros(B, T, C, dtype=dtype, requires_grad=True)
+    draws = {"rate": 0.1, "scene_B": torch.zeros(B, dtype=torch.int64)} if y else {}
+    inputs = [x_BTC, *[y_BTC] * y, *[gain_C] * norm, *[bias_C] * bias]
+    stream = residual_norm(
+        x_BTC,
+        y_BTC if y else None,
+        gain_C if norm else None,
+        bias_C=bias_C if bias else None,
+        dtype=dtype,
+        copy=copy,
+        impl="triton",
+        **draws,
+    )
     outputs = [output for output in stream if output is not None and output is not x_BTC]
-    inputs = [x for x in (x_BTC, y_BTC, None if last else gain_C, None if first else bias_C) if x is not None]
     torch.autograd.grad(outputs, inputs, [torch.zeros_like(output) for output in outputs])
 
 
 def _residual_cases() -> list[Case]:
     half, single = torch.bfloat16, torch.float32
-    # name -> (B, T, C, dtype of the products, which one of the stack, only on request)
+    # name -> (B, T, C, dtype of the products, what this seam of two blocks lacks, only on request)
     table = {
-        "latents bf16": (64, 256, 256, half, {}, False),
-        "latents fp32": (64, 256, 256, single, {}, False),
-        "first bf16": (1, 256, 256, half, {"first": True}, False),
-        "last bf16": (64, 64, 256, half, {"last": True}, False),
+        "feed-forward to self bf16": (64, 256, 256, half, {}, False),
+        "feed-forward to self fp32": (64, 256, 256, single, {}, False),
+        "feed-forward to cross bf16": (64, 256, 256, half, {"copy": False}, False),
+        "cross to self bf16": (64, 256, 256, half, {"bias": False}, False),
+        "self to feed-forward bf16": (64, 256, 256, half, {"bias": False, "copy": False}, False),
+        "table to cross bf16": (1, 256, 256, half, {"y": False, "bias": False, "copy": False}, False),
+        "latents to memory bf16": (64, 256, 256, half, {"norm": False}, False),
+        "queries to heads bf16": (64, 64, 256, half, {"norm": False, "copy": False}, False),
         "wide bf16": (64, 256, 1024, half, {}, True),
         "odd bf16": (64, 256, 250, half, {}, True),
     }
     return [
-        Case(operator="residual_norm", name=name, run=functools.partial(_residual, *sizes, **which), full=full)
-        for name, (*sizes, which, full) in table.items()
+        Case(operator="residual_norm", name=name, run=functools.partial(_residual, *sizes, **lacks), full=full)
+        for name, (*sizes, lacks, full) in table.items()
     ]
 
 
