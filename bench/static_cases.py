@@ -188,4 +188,60 @@ def _attention_cases() -> list[Case]:
     ]
 
 
-CASES = (*_sinkhorn_cases(), *_matching_cases(), *_attention_cases())
+def _residual(B: int, T: int, C: int, dtype: torch.dtype, *, y=True, bias=True, norm=True, copy=True) -> None:
+    from kernels.residual import residual_norm
+
+    x_BTC, gain_C, bias_C = (torch.zeros(*shape, requires_grad=True) for shape in ((B, T, C), (C,), (C,)))
+    y_BTC = torch.zeros(B, T, C, dtype=dtype, requires_grad=True)
+    draws = {"rate": 0.1, "scene_B": torch.zeros(B, dtype=torch.int64)} if y else {}
+    inputs = [x_BTC, *[y_BTC] * y, *[gain_C] * norm, *[bias_C] * bias]
+    stream = residual_norm(
+        x_BTC,
+        y_BTC if y else None,
+        gain_C if norm else None,
+        bias_C=bias_C if bias else None,
+        dtype=dtype,
+        copy=copy,
+        impl="triton",
+        **draws,
+    )
+    outputs = [output for output in stream if output is not None and output is not x_BTC]
+    torch.autograd.grad(outputs, inputs, [torch.zeros_like(output) for output in outputs])
+
+
+def _residual_cases() -> list[Case]:
+    half, single = torch.bfloat16, torch.float32
+    # name -> (B, T, C, dtype of the products, what this seam of two blocks lacks, only on request)
+    table = {
+        "feed-forward to self bf16": (64, 256, 256, half, {}, False),
+        "feed-forward to self fp32": (64, 256, 256, single, {}, False),
+        "feed-forward to cross bf16": (64, 256, 256, half, {"copy": False}, False),
+        "cross to self bf16": (64, 256, 256, half, {"bias": False}, False),
+        "self to feed-forward bf16": (64, 256, 256, half, {"bias": False, "copy": False}, False),
+        "table to cross bf16": (1, 256, 256, half, {"y": False, "bias": False, "copy": False}, False),
+        "latents to memory bf16": (64, 256, 256, half, {"norm": False}, False),
+        "queries to heads bf16": (64, 64, 256, half, {"norm": False, "copy": False}, False),
+        "wide bf16": (64, 256, 1024, half, {}, True),
+        "odd bf16": (64, 256, 250, half, {}, True),
+    }
+    return [
+        Case(operator="residual_norm", name=name, run=functools.partial(_residual, *sizes, **lacks), full=full)
+        for name, (*sizes, lacks, full) in table.items()
+    ]
+
+
+def _gelu(B: int, T: int, C: int, dtype: torch.dtype) -> None:
+    from kernels.gelu import bias_gelu
+
+    x_BTC, bias_C = torch.zeros(B, T, C, dtype=dtype, requires_grad=True), torch.zeros(C, requires_grad=True)
+    torch.autograd.grad(bias_gelu(x_BTC, bias_C, impl="triton"), [x_BTC, bias_C], torch.zeros(B, T, C, dtype=dtype))
+
+
+def _gelu_cases() -> list[Case]:
+    return [
+        Case(operator="bias_gelu", name=name, run=functools.partial(_gelu, 64, 256, 1024, dtype))
+        for name, dtype in (("latents bf16", torch.bfloat16), ("latents fp32", torch.float32))
+    ]
+
+
+CASES = (*_sinkhorn_cases(), *_matching_cases(), *_attention_cases(), *_residual_cases(), *_gelu_cases())

@@ -1,16 +1,23 @@
 """Operators: tensors in, tensors out. They know no model. The attributes are the functions, not their modules."""
 
 from kernels.attention import gqa_attention, gqa_attention_reference
+from kernels.gelu import bias_gelu, bias_gelu_reference
 from kernels.matching import Match, match_segments, match_segments_reference
+from kernels.residual import Residual, residual_norm, residual_norm_reference
 from kernels.sinkhorn import Transport, sinkhorn, sinkhorn_reference
 
 __all__ = [
     "Match",
+    "Residual",
     "Transport",
+    "bias_gelu",
+    "bias_gelu_reference",
     "gqa_attention",
     "gqa_attention_reference",
     "match_segments",
     "match_segments_reference",
+    "residual_norm",
+    "residual_norm_reference",
     "sinkhorn",
     "sinkhorn_reference",
 ]

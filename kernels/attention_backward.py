@@ -30,11 +30,13 @@ from kernels.attention_tile import (
 
 
 def attention_backward(
-    do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS, o_BHTD, lse_BHT, rq_BHT, rk_BGS, precision
-):
-    """Return the gradients of q, k, v and log_scale."""
+    do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS, o_BHTD, lse_BHT, rq_BHT, rk_BGS, precision,
+    into=None,
+):  # fmt: skip
+    """Return the gradients of q, k, v and log_scale; those of k and v in the tensors `into`, where given."""
     (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
-    dq_BHTD, dk_BGSD, dv_BGSD = (torch.empty_like(x) for x in (q_BHTD, k_BGSD, v_BGSD))
+    dq_BHTD = torch.empty_like(q_BHTD)
+    dk_BGSD, dv_BGSD = into or (torch.empty_like(k_BGSD), torch.empty_like(v_BGSD))
     delta_BHT, scale_BHT = torch.empty_like(lse_BHT), torch.empty_like(lse_BHT)
     dlog_scale_H = torch.empty_like(log_scale_H)
     settings = {"H": H, "R": H // G, "D": D, "PRECISION": precision}

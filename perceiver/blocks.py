@@ -5,6 +5,7 @@ feed-forward      x + Dropout(W2 GELU(W1 RMSNorm(x)))
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -84,9 +85,9 @@ class GroupedQueryAttention(nn.Module):
         """Attend from x to the memory (without one, to x); at most one of count and mask says which keys count."""
         memory_BSC = x_BTC if memory_BSC is None else memory_BSC
         o_BHTD = gqa_attention(
-            self._split(self.q_proj(x_BTC), self.heads),
-            self._split(self.k_proj(memory_BSC), self.kv_heads),
-            self._split(self.v_proj(memory_BSC), self.kv_heads),
+            self.split(self.q_proj(x_BTC), self.heads),
+            self.split(self.k_proj(memory_BSC), self.kv_heads),
+            self.split(self.v_proj(memory_BSC), self.kv_heads),
             self.log_scale,
             key_count_B=key_count_B,
             key_mask_BS=key_mask_BS,
@@ -94,7 +95,8 @@ class GroupedQueryAttention(nn.Module):
         )
         return self.out_proj(o_BHTD.transpose(1, 2).flatten(2))
 
-    def _split(self, x_BTC: torch.Tensor, heads: int) -> torch.Tensor:
+    def split(self, x_BTC: torch.Tensor, heads: int) -> torch.Tensor:
+        """View the columns of a projection as heads, [B, heads, T, D]."""
         return x_BTC.unflatten(-1, (heads, self.head_width)).transpose(1, 2)
 
 
@@ -170,3 +172,22 @@ class Layer(nn.Module):
         if self.cross is not None:
             x_BTC = self.cross(x_BTC, memory_BSC, key_count_B=key_count_B, drop=drop, impl=impl)
         return self.ffn(self.self_attn(x_BTC, drop=drop, impl=impl), drop=drop)
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    table_LC: torch.Tensor,
+    memory_BSC: torch.Tensor,
+    *,
+    key_count_B: torch.Tensor | None = None,
+    drop: DropoutKey | None = None,
+    as_memory: bool = False,
+) -> torch.Tensor:
+    """Run a stack of layers on the rows of a table, the same rows for every item of the memory.
+
+    The eager form of `perceiver.fused.fused_layers`, whose `as_memory` makes no difference here.
+    """
+    x_BLC = table_LC.expand(len(memory_BSC), -1, -1)
+    for layer in layers:
+        x_BLC = layer(x_BLC, memory_BSC, key_count_B=key_count_B, drop=drop, impl="eager")
+    return x_BLC

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from kernels.attention import HEAD_WIDTHS
+from kernels.dispatch import resolve
 from kernels.philox import Place, named_normal, named_uniform
-from perceiver.blocks import DropoutKey, GroupedQueryAttention, Layer, RMSNorm
+from perceiver.blocks import DropoutKey, GroupedQueryAttention, Layer, RMSNorm, run_layers
+from perceiver.fused import fused_layers
 from perceiver.scene import SceneBatch
 from perceiver.tokens import PointTokenizer
 
@@ -137,7 +139,7 @@ class Perceiver(nn.Module):
         Args:
             batch: rows on the model's device; points past `point_count_B` have no effect.
             drop: source of the dropout masks in training; None switches dropout off.
-            impl: of the attention operator.
+            impl: of the operators, see `kernels.dispatch`.
         Returns:
             Segments in float32; the order of the queries has no meaning.
         """
@@ -145,12 +147,10 @@ class Perceiver(nn.Module):
         with torch.autocast(batch.xyz_BT3.device.type, enabled=False):
             point_BTF = self.tokenizer(batch)
         memory_BTC = s.input_proj(point_BTF)
-        x_BLC = s.latent_embed.weight.expand(len(batch), -1, -1)
-        for layer in s.latent_layers:
-            x_BLC = layer(x_BLC, memory_BTC, key_count_B=batch.point_count_B, drop=drop, impl=impl)
-        x_BNC = s.query_embed.weight.expand(len(batch), -1, -1)
-        for layer in s.decoder_layers:
-            x_BNC = layer(x_BNC, x_BLC, drop=drop, impl=impl)
+        run = fused_layers if resolve(impl, memory_BTC.device) == "triton" else run_layers
+        latents, queries = s.latent_embed.weight, s.query_embed.weight
+        x_BLC = run(s.latent_layers, latents, memory_BTC, key_count_B=batch.point_count_B, drop=drop, as_memory=True)
+        x_BNC = run(s.decoder_layers, queries, x_BLC, drop=drop)
         # millimetres on a 10 m roof need more than bf16
         with torch.autocast(x_BNC.device.type, enabled=False):
             return self._heads(x_BNC.to(torch.promote_types(x_BNC.dtype, torch.float32)))

@@ -1,0 +1,90 @@
+"""`gqa_attention` on keys and values that lie side by side in one product, and whose gradient is laid out as it is.
+
+Attentions that read one memory take their keys and values from one product, kv = memory W, each its own columns. Were
+these views of kv, autograd would lay their gradients side by side by copying all of them. Here each attention hands the
+product on to the next, and its gradient walks back the same way: the last attention makes it, each fills in its part.
+"""
+
+import torch
+
+from kernels.attention import _check, _check_options, _kernel_inputs
+from kernels.attention_backward import attention_backward
+from kernels.attention_tile import dense_rows
+from kernels.dispatch import resolve
+
+
+class KeyValueColumns:
+    """Keys and values of one attention after the other: columns [k | v] of the first, [k | v] of the second, ...
+
+    Args:
+        kv_BSX: float32, bfloat16 or float16, where Triton kernels run.
+    Determinism: that of `kernels.gqa_attention`.
+    """
+
+    def __init__(self, kv_BSX: torch.Tensor):
+        self.kv_BSX, self.end = kv_BSX, 0
+
+    def attend(
+        self,
+        q_BHTD: torch.Tensor,
+        log_scale_H: torch.Tensor,
+        *,
+        kv_heads: int,
+        key_count_B: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return `gqa_attention` of q and the next 2 kv_heads D columns.
+
+        Raises:
+            ValueError: no such columns are left, no kernel runs here, or what `gqa_attention` refuses.
+        """
+        start, X = self.end, self.kv_BSX.shape[-1]
+        self.end += 2 * kv_heads * q_BHTD.shape[-1]
+        if self.end > X:
+            raise ValueError(f"kv must have {self.end} columns for this and earlier attentions, got {X}")
+        resolve("triton", q_BHTD.device)
+        _check(q_BHTD, *_columns(self.kv_BSX, start, self.end, kv_heads), log_scale_H, key_count_B, None)
+        _check_options(q_BHTD, log_scale_H, "static", "tf32", 1)
+        arguments = (q_BHTD, self.kv_BSX, log_scale_H, key_count_B, start, self.end, kv_heads)
+        o_BHTD, self.kv_BSX = _Attend.apply(*arguments)
+        return o_BHTD
+
+
+class _Attend(torch.autograd.Function):
+    """o_BHTD, and kv_BSX to hand on."""
+
+    @staticmethod
+    def forward(ctx, q_BHTD, kv_BSX, log_scale_H, key_count_B, start: int, end: int, kv_heads: int):
+        ctx.columns = start, end, kv_heads
+        ctx.set_materialize_grads(False)
+        k_BGSD, v_BGSD = _columns(kv_BSX, *ctx.columns)
+        operator = torch.ops.ridgeline.gqa_attention_forward
+        outputs = operator(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, None, "static", "tf32", 1, "triton")
+        ctx.save_for_backward(q_BHTD, kv_BSX, log_scale_H, key_count_B, *outputs)
+        return outputs[0], kv_BSX.view_as(kv_BSX)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        do_BHTD, dkv_BSX = gradients
+        q_BHTD, kv_BSX, log_scale_H, key_count_B, *outputs = ctx.saved_tensors
+        _, end, _ = ctx.columns
+        if dkv_BSX is None:
+            # columns past the end, where there are any, have no part in the result
+            last = end == kv_BSX.shape[-1]
+            dkv_BSX = kv_BSX.new_empty(kv_BSX.shape) if last else kv_BSX.new_zeros(kv_BSX.shape)
+        dk_BGSD, dv_BGSD = _columns(dkv_BSX, *ctx.columns)
+        if do_BHTD is None or 0 in (q_BHTD.numel(), kv_BSX.numel()):
+            dk_BGSD.zero_()
+            dv_BGSD.zero_()
+            return torch.zeros_like(q_BHTD), dkv_BSX, torch.zeros_like(log_scale_H), *[None] * 4
+        inputs = _kernel_inputs(q_BHTD, *_columns(kv_BSX, *ctx.columns), log_scale_H, key_count_B, None)
+        dq_BHTD, _, _, dlog_scale_H = attention_backward(
+            dense_rows(do_BHTD), *inputs, *outputs, "tf32", into=(dk_BGSD, dv_BGSD)
+        )
+        return dq_BHTD, dkv_BSX, dlog_scale_H, *[None] * 4
+
+
+def _columns(kv_BSX: torch.Tensor, start: int, end: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The views k_BGSD and v_BGSD."""
+    shape = (kv_heads, (end - start) // 2 // kv_heads)
+    k_BSC, v_BSC = kv_BSX[..., start:end].chunk(2, -1)
+    return k_BSC.unflatten(-1, shape).transpose(1, 2), v_BSC.unflatten(-1, shape).transpose(1, 2)

@@ -1,0 +1,156 @@
+"""Bias and exact GELU in one launch, forward and backward.
+
+    z = x + bias,   y = z Phi(z),   dx = dy (Phi(z) + z phi(z)),   dbias = sum over rows of dx
+
+Phi and phi are the standard normal distribution and its density. Shapes in names: B batch, T rows of an item, C
+channels. Inside everything is float32. Nothing but x and bias is kept for the backward.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.dispatch import resolve
+from kernels.reduce import sum_segments
+
+INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+# rows of a tile, warps; both passes take COLUMNS columns, and the backward SEGMENT rows in a program
+ROWS, WARPS, COLUMNS, SEGMENT = 4, 4, 256, 32
+
+_ROOT_HALF = tl.constexpr(0.7071067811865476)
+_ROOT_HALF_PI = tl.constexpr(0.3989422804014327)
+
+
+def bias_gelu(x_BTC: torch.Tensor, bias_C: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+    """Return GELU(x + bias), exact: z Phi(z), in the dtype of x.
+
+    Args:
+        x_BTC: float32, bfloat16 or float16 (float64 where the eager form runs), any strides.
+        bias_C: one number per channel.
+        impl: "auto", "eager" or "triton", see `kernels.dispatch`.
+
+    Raises:
+        ValueError: a shape, dtype, device or option outside of the above.
+
+    Determinism: repeats bit for bit. Triton: an item's bits do not depend on the batch; the gradient of bias is a sum
+        over all rows in an order that depends on their number alone.
+    Source: Hendrycks and Gimpel, Gaussian Error Linear Units (2016).
+    """
+    _check(x_BTC, bias_C)
+    if resolve(impl, x_BTC.device) == "eager":
+        return bias_gelu_reference(x_BTC, bias_C)
+    if x_BTC.dtype == torch.float64:
+        raise ValueError("float64 must have impl='eager', got impl='triton'")
+    return _forward(x_BTC, bias_C)
+
+
+def bias_gelu_reference(x_BTC: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
+    """The meaning of `bias_gelu`, in plain PyTorch; in float64 the truth."""
+    dtype = torch.promote_types(x_BTC.dtype, torch.float32)
+    return torch.nn.functional.gelu(x_BTC.to(dtype) + bias_C.to(dtype)).to(x_BTC.dtype)
+
+
+@torch.library.custom_op("ridgeline::bias_gelu_forward", mutates_args=())
+def _forward(x_BTC: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
+    """y_BTC."""
+    y_BTC = x_BTC.new_empty(x_BTC.shape)
+    if x_BTC.numel():
+        C = x_BTC.shape[-1]
+        rows = x_BTC.numel() // C
+        _bias_gelu_fwd_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(C, COLUMNS))](
+            x_BTC.contiguous(), bias_C.contiguous(), y_BTC, rows, C, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+        )
+    return y_BTC
+
+
+@_forward.register_fake
+def _(x_BTC, bias_C):
+    return x_BTC.new_empty(x_BTC.shape)
+
+
+@torch.library.custom_op("ridgeline::bias_gelu_backward", mutates_args=())
+def _backward(dy_BTC: torch.Tensor, x_BTC: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx_BTC, and dbias_C in float32."""
+    dx_BTC = x_BTC.new_empty(x_BTC.shape)
+    if x_BTC.numel() == 0:
+        return dx_BTC, bias_C.new_zeros(bias_C.shape, dtype=torch.float32)
+    C = x_BTC.shape[-1]
+    rows = x_BTC.numel() // C
+    segments = triton.cdiv(rows, SEGMENT)
+    partials_SC = x_BTC.new_empty(segments, C, dtype=torch.float32)
+    _bias_gelu_bwd_kernel[(segments, triton.cdiv(C, COLUMNS))](
+        dy_BTC.contiguous(), x_BTC.contiguous(), bias_C.contiguous(), dx_BTC, partials_SC, rows, C,
+        SEGMENT=SEGMENT, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+    return dx_BTC, sum_segments(partials_SC)
+
+
+@_backward.register_fake
+def _(dy_BTC, x_BTC, bias_C):
+    return x_BTC.new_empty(x_BTC.shape), bias_C.new_empty(bias_C.shape, dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, dy_BTC):
+    x_BTC, bias_C = ctx.saved_tensors
+    dx_BTC, dbias_C = _backward(dy_BTC, x_BTC, bias_C)
+    return dx_BTC, dbias_C.to(bias_C.dtype)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _check(x_BTC, bias_C) -> None:
+    """Refuse tensors that do not fit each other."""
+    if x_BTC.dim() != 3:
+        raise ValueError(f"x must be [B, T, C], got shape {tuple(x_BTC.shape)}")
+    if bias_C.shape != x_BTC.shape[-1:]:
+        raise ValueError(f"bias must be [{x_BTC.shape[-1]}], got shape {tuple(bias_C.shape)}")
+    for name, tensor in (("x", x_BTC), ("bias", bias_C)):
+        if tensor.dtype not in (*INPUT_TYPES, torch.float64):
+            raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if bias_C.device != x_BTC.device:
+        raise ValueError(f"bias must be on the device of x, {x_BTC.device}, got {bias_C.device}")
+
+
+@triton.jit
+def _tile(start, rows, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets into a dense [rows, C], which elements are inside, the columns and which of them are."""
+    row = start + tl.arange(0, ROWS)
+    offs_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask_c = offs_c < C
+    return row.to(tl.int64)[:, None] * C + offs_c[None, :], (row < rows)[:, None] & mask_c[None, :], offs_c, mask_c
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _bias_gelu_fwd_kernel(x_ptr, bias_ptr, y_ptr, rows, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    offs, mask, offs_c, mask_c = _tile(tl.program_id(0) * ROWS, rows, C, ROWS, COLUMNS)
+    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+    # y = z Phi(z)
+    y = 0.5 * z * (1.0 + tl.erf(z * _ROOT_HALF))
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _bias_gelu_bwd_kernel(
+    dy_ptr, x_ptr, bias_ptr, dx_ptr, partials_ptr, rows, C,
+    SEGMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0).to(tl.int64)
+    # the rows of a tile stay apart until the end: only then do threads have to meet
+    dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in tl.range(0, SEGMENT, ROWS):
+        offs, mask, offs_c, mask_c = _tile(tl.program_id(0) * SEGMENT + start, rows, C, ROWS, COLUMNS)
+        bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+        dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        # dx = dy (Phi(z) + z phi(z))
+        dx = dy * (0.5 * (1.0 + tl.erf(z * _ROOT_HALF)) + z * (_ROOT_HALF_PI * tl.exp(-0.5 * z * z)))
+        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dbias += dx
+    offs_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(partials_ptr + segment * C + offs_c, tl.sum(dbias, 0), mask=offs_c < C)

@@ -1,0 +1,269 @@
+"""The seam of two residual blocks in one launch: dropout, residual sum, RMSNorm, and a copy for the next products.
+
+    new = x + Dropout(y + bias),   normed = new / sqrt(mean(new^2) + eps) * gain,   copy = new rounded
+
+Shapes in names: B batch, T rows of an item, C channels. Inside everything is float32.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from kernels.dispatch import resolve
+from kernels.philox import Counter, dropout_keep
+from kernels.philox_tile import signed_seed
+from kernels.residual_triton import WIDEST, residual_norm_backward, residual_norm_forward
+
+# of `torch.nn.RMSNorm` in float32
+EPS = torch.finfo(torch.float32).eps
+PRODUCT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Residual(NamedTuple):
+    """The residual stream after a block, and what the next block's products read; None where not asked for."""
+
+    new_BTC: torch.Tensor
+    normed_BTC: torch.Tensor | None
+    copy_BTC: torch.Tensor | None
+
+
+def residual_norm(
+    x_BTC: torch.Tensor,
+    y_BTC: torch.Tensor | None = None,
+    gain_C: torch.Tensor | None = None,
+    *,
+    bias_C: torch.Tensor | None = None,
+    rate: float = 0.0,
+    seed: int = 0,
+    step: Counter = 0,
+    scene_B: torch.Tensor | None = None,
+    place: int = 0,
+    dtype: torch.dtype | None = None,
+    copy: bool = False,
+    eps: float = EPS,
+    impl: str = "auto",
+) -> Residual:
+    """Add a block's branch to the residual stream and normalise the sum for the next block.
+
+        new = x + Dropout(y + bias),   normed = new / sqrt(mean(new^2) + eps) * gain,   copy = new in `dtype`
+
+    Args:
+        x_BTC: the stream, float32 (float64 where the eager form runs), any strides; C is 1 to 1024.
+        y_BTC: the branch, float32, bfloat16 or float16; None before the first block: new is x.
+        gain_C: of the next block's norm; None after the last block: normed is None.
+        bias_C: of the branch's last product.
+        rate: probability of dropping an element of the branch, in [0, 1).
+        seed, step, scene_B, place: key and counters of the mask, see `kernels.philox.dropout_keep`; step is an int or
+            an int64 tensor of one element on the device. scene_B is needed where the rate is not 0.
+        dtype: of normed and copy, that of the next products; None: that of x.
+        copy: whether the next products also read the stream as it is.
+        eps: added to the mean square.
+        impl: "auto", "eager" or "triton", see `kernels.dispatch`.
+
+    Returns:
+        Residual(new, normed, copy); copy is new itself where dtype is that of x.
+
+    Raises:
+        ValueError: a shape, dtype, device or option outside of the above.
+
+    Determinism: repeats bit for bit. Triton: an item's bits do not depend on the batch; the gradients of gain and bias
+        are sums over all rows in an order that depends on their number alone. Masks are recomputed, never stored.
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
+    """
+    dtype = x_BTC.dtype if dtype is None else dtype
+    _check(x_BTC, y_BTC, gain_C, bias_C, dtype)
+    _check_draws(x_BTC, rate, seed, step, scene_B)
+    draws = {"rate": rate, "seed": seed, "step": step, "scene_B": scene_B, "place": place}
+    run = _fused if resolve(impl, x_BTC.device) == "triton" else residual_norm_reference
+    return run(x_BTC, y_BTC, gain_C, bias_C=bias_C, dtype=dtype, copy=copy, eps=eps, **draws)
+
+
+def residual_norm_reference(
+    x_BTC: torch.Tensor,
+    y_BTC: torch.Tensor | None = None,
+    gain_C: torch.Tensor | None = None,
+    *,
+    bias_C: torch.Tensor | None = None,
+    rate: float = 0.0,
+    seed: int = 0,
+    step: Counter = 0,
+    scene_B: torch.Tensor | None = None,
+    place: int = 0,
+    dtype: torch.dtype | None = None,
+    copy: bool = False,
+    eps: float = EPS,
+) -> Residual:
+    """The meaning of `residual_norm`, in plain PyTorch; in float64 the truth."""
+    dtype, new_BTC = dtype or x_BTC.dtype, x_BTC
+    if y_BTC is not None:
+        y_BTC = y_BTC.to(x_BTC.dtype) if bias_C is None else y_BTC.to(x_BTC.dtype) + bias_C.to(x_BTC.dtype)
+        if rate > 0:
+            assert scene_B is not None
+            keep_BTC = dropout_keep(tuple(y_BTC.shape), rate, seed=seed, step=step, scene_B=scene_B, place=place)
+            y_BTC = torch.where(keep_BTC, y_BTC * (1 / (1 - rate)), 0.0)
+        new_BTC = x_BTC + y_BTC
+    normed_BTC = None
+    if gain_C is not None:
+        normed_BTC = torch.nn.functional.rms_norm(new_BTC, new_BTC.shape[-1:], gain_C.to(new_BTC.dtype), eps).to(dtype)
+    return Residual(new_BTC, normed_BTC, new_BTC.to(dtype) if copy else None)
+
+
+def _fused(x_BTC, y_BTC, gain_C, *, bias_C, rate, seed, step, scene_B, place, dtype, copy, eps) -> Residual:
+    """The Triton form: what an operator cannot return, its input, is put in its place here."""
+    if x_BTC.dtype == torch.float64:
+        raise ValueError("float64 must have impl='eager', got impl='triton'")
+    if rate == 0 or y_BTC is None:
+        rate, step, scene_B = 0.0, None, None
+    elif not isinstance(step, torch.Tensor):
+        step = torch.full((1,), step, device=x_BTC.device)
+    rounds = copy and dtype != x_BTC.dtype
+    new_BTC, normed_BTC, copy_BTC = x_BTC, None, None
+    if y_BTC is not None or gain_C is not None or rounds:
+        new_BTC, normed_BTC, copy_BTC, _ = _forward(
+            x_BTC, y_BTC, gain_C, bias_C, step, scene_B, rate, signed_seed(seed), place, dtype, rounds, eps
+        )
+    new_BTC = x_BTC if y_BTC is None else new_BTC
+    copy_BTC = copy_BTC if rounds else new_BTC
+    return Residual(new_BTC, None if gain_C is None else normed_BTC, copy_BTC if copy else None)
+
+
+@torch.library.custom_op("ridgeline::residual_norm_forward", mutates_args=())
+def _forward(
+    x_BTC: torch.Tensor,
+    y_BTC: torch.Tensor | None,
+    gain_C: torch.Tensor | None,
+    bias_C: torch.Tensor | None,
+    step_1: torch.Tensor | None,
+    scene_B: torch.Tensor | None,
+    rate: float,
+    seed: int,
+    place: int,
+    dtype: torch.dtype,
+    copy: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """new_BTC, normed_BTC, copy_BTC and the inverse roots r_BT; empty where there is none."""
+    if x_BTC.numel() == 0:
+        return _empty_outputs(x_BTC, y_BTC, gain_C, dtype, copy)
+    return residual_norm_forward(x_BTC, y_BTC, gain_C, bias_C, (rate, seed, place, step_1, scene_B), dtype, copy, eps)
+
+
+@_forward.register_fake
+def _(x_BTC, y_BTC, gain_C, bias_C, step_1, scene_B, rate, seed, place, dtype, copy, eps):
+    return _empty_outputs(x_BTC, y_BTC, gain_C, dtype, copy)
+
+
+def _empty_outputs(x_BTC, y_BTC, gain_C, dtype, copy):
+    def empty(asked, shape, dtype):
+        return x_BTC.new_empty(shape if asked else 0, dtype=dtype)
+
+    return (
+        empty(y_BTC is not None, x_BTC.shape, x_BTC.dtype),
+        empty(gain_C is not None, x_BTC.shape, dtype),
+        empty(copy, x_BTC.shape, dtype),
+        empty(gain_C is not None, x_BTC.shape[:2], x_BTC.dtype),
+    )
+
+
+@torch.library.custom_op("ridgeline::residual_norm_backward", mutates_args=())
+def _backward(
+    dnew_BTC: torch.Tensor | None,
+    dnormed_BTC: torch.Tensor | None,
+    dcopy_BTC: torch.Tensor | None,
+    new_BTC: torch.Tensor,
+    r_BT: torch.Tensor,
+    gain_C: torch.Tensor | None,
+    step_1: torch.Tensor | None,
+    scene_B: torch.Tensor | None,
+    rate: float,
+    seed: int,
+    place: int,
+    y_dtype: torch.dtype | None,
+    has_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of x and y (empty without a y), and those of gain and bias as rows, where they have any."""
+    if new_BTC.numel() == 0:
+        dx_BTC, dy_BTC, sums_PC = _empty_gradients(new_BTC, dnormed_BTC, y_dtype, has_bias)
+        return dx_BTC, dy_BTC, sums_PC.zero_()
+    return residual_norm_backward(
+        dnew_BTC, dnormed_BTC, dcopy_BTC, new_BTC, r_BT, gain_C, (rate, seed, place, step_1, scene_B), y_dtype, has_bias
+    )
+
+
+@_backward.register_fake
+def _(dnew_BTC, dnormed_BTC, dcopy_BTC, new_BTC, r_BT, gain_C, step_1, scene_B, rate, seed, place, y_dtype, has_bias):
+    return _empty_gradients(new_BTC, dnormed_BTC, y_dtype, has_bias)
+
+
+def _empty_gradients(new_BTC, dnormed_BTC, y_dtype, has_bias):
+    dy_BTC = new_BTC.new_empty(0) if y_dtype is None else new_BTC.new_empty(new_BTC.shape, dtype=y_dtype)
+    sums_PC = new_BTC.new_empty((dnormed_BTC is not None) + has_bias, new_BTC.shape[-1])
+    return new_BTC.new_empty(new_BTC.shape), dy_BTC, sums_PC
+
+
+def _setup_context(ctx, inputs, output):
+    x_BTC, y_BTC, gain_C, bias_C, step_1, scene_B, ctx.rate, ctx.seed, ctx.place, _, ctx.copies, _ = inputs
+    new_BTC, _, _, r_BT = output
+    # a gradient that nobody asks for is None, not a tensor of zeros to read
+    ctx.set_materialize_grads(False)
+    ctx.y_dtype, ctx.bias_dtype = (None if x is None else x.dtype for x in (y_BTC, bias_C))
+    ctx.save_for_backward(x_BTC if y_BTC is None else new_BTC, r_BT, gain_C, step_1, scene_B)
+
+
+def _gradients(ctx, dnew_BTC, dnormed_BTC, dcopy_BTC, _):
+    new_BTC, r_BT, gain_C, step_1, scene_B = ctx.saved_tensors
+    # outputs that were not asked for are empty, and so may be their gradients
+    dnew_BTC = None if ctx.y_dtype is None else dnew_BTC
+    dnormed_BTC = None if gain_C is None else dnormed_BTC
+    dcopy_BTC = dcopy_BTC if ctx.copies else None
+    dx_BTC, dy_BTC, sums_PC = _backward(
+        dnew_BTC, dnormed_BTC, dcopy_BTC, new_BTC, r_BT, gain_C, step_1, scene_B,
+        ctx.rate, ctx.seed, ctx.place, ctx.y_dtype, ctx.bias_dtype is not None,
+    )  # fmt: skip
+    dgain_C = None if gain_C is None or dnormed_BTC is None else sums_PC[0].to(gain_C.dtype)
+    dbias_C = None if ctx.bias_dtype is None else sums_PC[-1].to(ctx.bias_dtype)
+    return dx_BTC, None if ctx.y_dtype is None else dy_BTC, dgain_C, dbias_C, *[None] * 8
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _check(x_BTC, y_BTC, gain_C, bias_C, dtype) -> None:
+    """Refuse tensors that do not fit each other."""
+    if x_BTC.dim() != 3 or not 1 <= x_BTC.shape[-1] <= WIDEST:
+        raise ValueError(f"x must be [B, T, C] with C in [1, {WIDEST}], got shape {tuple(x_BTC.shape)}")
+    if x_BTC.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x must be float32 or float64, got {x_BTC.dtype}")
+    if dtype not in (*PRODUCT_TYPES, x_BTC.dtype):
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or that of x, got {dtype}")
+    if y_BTC is not None and y_BTC.shape != x_BTC.shape:
+        raise ValueError(f"y must have the shape of x, {tuple(x_BTC.shape)}, got {tuple(y_BTC.shape)}")
+    if bias_C is not None and y_BTC is None:
+        raise ValueError("bias must have a y that it is added to")
+    for name, vector_C in (("gain", gain_C), ("bias", bias_C)):
+        if vector_C is not None and vector_C.shape != x_BTC.shape[-1:]:
+            raise ValueError(f"{name} must be [{x_BTC.shape[-1]}], got shape {tuple(vector_C.shape)}")
+    for name, tensor in (("y", y_BTC), ("gain", gain_C), ("bias", bias_C)):
+        if tensor is not None and tensor.dtype not in (*PRODUCT_TYPES, x_BTC.dtype):
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor is not None and tensor.device != x_BTC.device:
+            raise ValueError(f"{name} must be on the device of x, {x_BTC.device}, got {tensor.device}")
+
+
+def _check_draws(x_BTC, rate, seed, step, scene_B) -> None:
+    """Refuse a key or counters that do not fit."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate must be in [0, 1), got {rate}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+    device = x_BTC.device
+    if rate == 0:
+        return
+    if scene_B is None:
+        raise ValueError("scene must be given where rate is not 0")
+    for name, counter, count in (("scene", scene_B, len(x_BTC)), ("step", step, 1)):
+        if not isinstance(counter, torch.Tensor):
+            continue
+        if counter.numel() != count or counter.dtype != torch.int64 or counter.device != device:
+            got = f"shape {tuple(counter.shape)}, {counter.dtype} on {counter.device}"
+            raise ValueError(f"{name} must be {count} of int64 on {device}, got {got}")

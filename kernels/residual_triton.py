@@ -1,0 +1,159 @@
+"""Triton form of `residual_norm`. A tile holds whole rows, and a row's numbers depend on that row alone.
+
+    forward     new = x + keep * scale * (y + bias),  r = 1 / sqrt(mean(new^2) + eps),  normed = new * r * gain
+    backward    unit = new * r,  h = dnormed * gain
+                dx = dnew + dcopy + (h - unit * mean(h * unit)) * r,  dy = keep * scale * dx
+                dgain = sum over rows of dnormed * unit,  dbias = sum over rows of dy
+
+The mask `keep` comes from its counters in both passes and is never stored. A program of the backward takes SEGMENT rows
+and leaves their part of dgain and dbias; `kernels.reduce` adds the parts.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.philox_tile import dropout_rows, kernel_draws
+from kernels.reduce import sum_segments
+
+# widest row of the class -> (rows of a tile, warps), in both passes: eight elements a thread, one call of Philox
+LAUNCHES = {128: (8, 4), 256: (4, 4), 512: (4, 8), 1024: (2, 8)}
+WIDEST = max(LAUNCHES)
+SEGMENT = 32
+
+
+def residual_norm_forward(x_BTC, y_BTC, gain_C, bias_C, dropout, dtype, copy, eps):
+    """Return new_BTC, normed_BTC and copy_BTC, and the inverse roots r_BT; empty where not asked for."""
+    B, T, C = x_BTC.shape
+    rate, seed, place, step_1, scene_B = dropout
+    new_BTC = x_BTC.new_empty(0 if y_BTC is None else (B, T, C))
+    normed_BTC, copy_BTC = (
+        x_BTC.new_empty((B, T, C) if asked else 0, dtype=dtype) for asked in (gain_C is not None, copy)
+    )
+    r_BT = x_BTC.new_empty(0 if gain_C is None else (B, T))
+    options = _tile(C)
+    _residual_norm_fwd_kernel[(triton.cdiv(B * T, options["ROWS"]),)](
+        x_BTC, _dense(y_BTC), _dense(bias_C), _dense(gain_C), step_1, scene_B,
+        *(tensor if tensor.numel() else None for tensor in (new_BTC, normed_BTC, copy_BTC, r_BT)),
+        x_BTC.stride(), B * T, T, *kernel_draws(rate, seed, place), eps, C=C, **options,
+    )  # fmt: skip
+    return new_BTC, normed_BTC, copy_BTC, r_BT
+
+
+def residual_norm_backward(dnew_BTC, dnormed_BTC, dcopy_BTC, new_BTC, r_BT, gain_C, dropout, y_dtype, has_bias):
+    """Return dx_BTC, dy_BTC (empty without a y) and the sums over rows [dgain_C, dbias_C], those of them there are."""
+    B, T, C = new_BTC.shape
+    rate, seed, place, step_1, scene_B = dropout
+    dx_BTC = new_BTC.new_empty(B, T, C)
+    dy_BTC = new_BTC.new_empty(0) if y_dtype is None else new_BTC.new_empty(B, T, C, dtype=y_dtype)
+    segments, sums = triton.cdiv(B * T, SEGMENT), (dnormed_BTC is not None) + has_bias
+    partials = new_BTC.new_empty(segments, sums, C)
+    norm = (None, None, None) if dnormed_BTC is None else (new_BTC, r_BT, _dense(gain_C))
+    _residual_norm_bwd_kernel[(segments,)](
+        _dense(dnew_BTC), _dense(dcopy_BTC), _dense(dnormed_BTC), *norm, step_1, scene_B,
+        dx_BTC, dy_BTC if y_dtype is not None else None, partials if sums else None,
+        new_BTC.stride(), B * T, T, *kernel_draws(rate, seed, place),
+        C=C, SUMS=sums, HAS_BIAS=has_bias, SEGMENT=SEGMENT, **_tile(C),
+    )  # fmt: skip
+    return dx_BTC, dy_BTC, sum_segments(partials)
+
+
+def _tile(C: int) -> dict[str, Any]:
+    rows, warps = next(launch for widest, launch in LAUNCHES.items() if widest >= C)
+    return {"ROWS": rows, "BLOCK_C": max(8, triton.next_power_of_2(C)), "num_warps": warps}
+
+
+def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+@triton.jit
+def _locate(row, rows, T, stride, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Items and rows in them, offsets into a dense and into a strided [B, T, C], and which elements are inside."""
+    row = tl.minimum(row, rows - 1)
+    b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)
+    offs_c = tl.arange(0, BLOCK_C)
+    dense = row.to(tl.int64)[:, None] * C + offs_c[None, :]
+    strided = (b * stride[0] + t * stride[1])[:, None] + (offs_c * stride[2])[None, :]
+    return b, t, dense, strided
+
+
+@triton.jit(do_not_specialize=["rows", "T", "seed_low", "seed_high", "place", "threshold"])
+def _residual_norm_fwd_kernel(
+    x_ptr, y_ptr, bias_ptr, gain_ptr, step_ptr, scene_ptr, new_ptr, normed_ptr, copy_ptr, r_ptr, stride_x, rows, T,
+    seed_low, seed_high, place, threshold, scale, eps, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offs_c = tl.arange(0, BLOCK_C)
+    in_C = offs_c < C
+    mask = (row < rows)[:, None] & in_C[None, :]
+    b, t, dense, strided = _locate(row, rows, T, stride_x, C, BLOCK_C)
+    new = tl.load(x_ptr + strided, mask=mask, other=0.0)
+    if y_ptr is not None:
+        # new = x + keep * scale * (y + bias)
+        y = tl.load(y_ptr + dense, mask=mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + offs_c, mask=in_C, other=0.0).to(tl.float32)[None, :]
+        if scene_ptr is not None:
+            keep = dropout_rows(step_ptr, scene_ptr, seed_low, seed_high, place, threshold, b, t, C, BLOCK_C)
+            y = tl.where(keep, y * scale, 0.0)
+        new += y
+        tl.store(new_ptr + dense, new, mask=mask)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + dense, new.to(copy_ptr.dtype.element_ty), mask=mask)
+    if gain_ptr is not None:
+        # normed = new / sqrt(mean(new^2) + eps) * gain
+        r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(new * new, 1) / C + eps))
+        gain = tl.load(gain_ptr + offs_c, mask=in_C, other=0.0).to(tl.float32)
+        normed = new * r[:, None] * gain[None, :]
+        tl.store(r_ptr + row, r, mask=row < rows)
+        tl.store(normed_ptr + dense, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "T", "seed_low", "seed_high", "place", "threshold"])
+def _residual_norm_bwd_kernel(
+    dnew_ptr, dcopy_ptr, dnormed_ptr, new_ptr, r_ptr, gain_ptr, step_ptr, scene_ptr, dx_ptr, dy_ptr, partials_ptr,
+    stride_new, rows, T, seed_low, seed_high, place, threshold, scale, C: tl.constexpr, SUMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    offs_c = tl.arange(0, BLOCK_C)
+    in_C = offs_c < C
+    # the rows of a tile stay apart until the end: only then do threads have to meet
+    dgain = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr + offs_c, mask=in_C, other=0.0).to(tl.float32)
+    for start in tl.range(0, SEGMENT, ROWS):
+        row = segment * SEGMENT + start + tl.arange(0, ROWS)
+        in_rows = row < rows
+        mask = in_rows[:, None] & in_C[None, :]
+        b, t, dense, strided = _locate(row, rows, T, stride_new, C, BLOCK_C)
+        # dx = dnew + dcopy + (h - unit * mean(h * unit)) * r
+        dx = tl.zeros([ROWS, BLOCK_C], tl.float32)
+        if dnew_ptr is not None:
+            dx += tl.load(dnew_ptr + dense, mask=mask, other=0.0)
+        if dcopy_ptr is not None:
+            dx += tl.load(dcopy_ptr + dense, mask=mask, other=0.0).to(tl.float32)
+        if dnormed_ptr is not None:
+            r = tl.load(r_ptr + row, mask=in_rows, other=0.0)[:, None]
+            unit = tl.load(new_ptr + strided, mask=mask, other=0.0) * r
+            dnormed = tl.load(dnormed_ptr + dense, mask=mask, other=0.0).to(tl.float32)
+            h = dnormed * gain[None, :]
+            dx += (h - unit * (tl.sum(h * unit, 1) / C)[:, None]) * r
+            dgain += dnormed * unit
+        tl.store(dx_ptr + dense, dx, mask=mask)
+        if dy_ptr is not None:
+            # dy = keep * scale * dx
+            if scene_ptr is not None:
+                keep = dropout_rows(step_ptr, scene_ptr, seed_low, seed_high, place, threshold, b, t, C, BLOCK_C)
+                dx = tl.where(keep, dx * scale, 0.0)
+            tl.store(dy_ptr + dense, dx.to(dy_ptr.dtype.element_ty), mask=mask)
+            if HAS_BIAS:
+                dbias += dx
+    if dnormed_ptr is not None:
+        tl.store(partials_ptr + segment * SUMS * C + offs_c, tl.sum(dgain, 0), mask=in_C)
+    if HAS_BIAS:
+        tl.store(partials_ptr + (segment + 1) * SUMS * C - C + offs_c, tl.sum(dbias, 0), mask=in_C)
