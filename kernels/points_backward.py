@@ -1,0 +1,121 @@
+"""Triton backward of `point_embedding`: gradients of the weights; the hidden layer is computed once more.
+
+    norm      one program per segment of rows:  du = dm gain,  dy = rinv (du - unit mean(du unit)),  stored for `weights`
+                  partial sums  d gain = sum dm unit,  d bias2 = sum dy
+    weights   one program per block of hidden units and segment of points, points in ascending order in registers
+                  x = W1c F^T,  dx = (W2c dy^T) gelu'(x);  partial sums  dW2c = gelu(x) dy,  dW1c = dx F
+
+Segments have a fixed length, whatever the GPU; `kernels.reduce` adds their partial sums. Rows of points that do not
+count are 0 in F and in dy: they add exactly 0. A segment ends at the last point of its last item that counts.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.points_forward import product_weights
+from kernels.points_tile import SEGMENT, WIDTH, gelu_and_slope, launch_options, load_tile
+from kernels.reduce import sum_segments
+
+NORM_SEGMENT, NORM_ROWS = 512, 16
+
+
+def point_layers_backward(
+    dmemory_PC: Tensor,
+    features_PK: Tensor,
+    weight1_JK: Tensor,
+    weight2_CJ: Tensor,
+    gain_C: Tensor,
+    unit_PC: Tensor,
+    rinv_P: Tensor,
+    point_count_B: Tensor | None,
+    points_each: int,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of weight1 [J, 128], weight2, bias2 and gain in float32."""
+    (C, J), P, rows = weight2_CJ.shape, len(dmemory_PC), len(features_PK)
+    if not P:
+        return tuple(torch.zeros_like(x) for x in (weight1_JK, weight2_CJ, gain_C, gain_C))
+    weight1_JK, weight2_JC = product_weights(features_PK, weight1_JK, weight2_CJ)
+    padded_J, BLOCK_C = weight2_JC.shape
+    dy_PC = torch.empty_like(unit_PC)
+    sums_S2C = rinv_P.new_empty(triton.cdiv(rows, NORM_SEGMENT), 2, BLOCK_C)
+    _point_norm_bwd_kernel[(len(sums_S2C),)](
+        dmemory_PC.contiguous(), features_PK, gain_C.contiguous(), unit_PC, rinv_P, dy_PC, sums_S2C, P, rows,
+        C=C, WIDTH=WIDTH, BLOCK_C=BLOCK_C, SEGMENT=NORM_SEGMENT, BLOCK_P=NORM_ROWS, num_warps=4,
+    )  # fmt: skip
+    dgain_C, dbias2_C = sum_segments(sums_S2C)[:, :C].unbind(0)
+
+    options = launch_options("weights", features_PK, precision)
+    sums_SJX = rinv_P.new_empty(triton.cdiv(rows, SEGMENT), padded_J, WIDTH + BLOCK_C)
+    counts = None if point_count_B is None else point_count_B.contiguous()
+    _point_weights_bwd_kernel[(padded_J // options["BLOCK_J"], len(sums_SJX))](
+        features_PK, dy_PC, weight1_JK, weight2_JC, counts, sums_SJX, P, points_each,
+        J=padded_J, WIDTH=WIDTH, BLOCK_C=BLOCK_C, SEGMENT=SEGMENT, **options,
+    )  # fmt: skip
+    dweight1_JK, dweight2_JC = sum_segments(sums_SJX)[:J].split([WIDTH, BLOCK_C], dim=1)
+    dweight2_CJ = dweight2_JC[:, :C].T.contiguous()
+    return dweight1_JK.contiguous(), dweight2_CJ, dbias2_C.clone(), dgain_C.clone()
+
+
+@triton.jit(do_not_specialize=["P", "rows"])
+def _point_norm_bwd_kernel(
+    dmemory_ptr, features_ptr, gain_ptr, unit_ptr, rinv_ptr, dy_ptr, sums_ptr, P, rows,
+    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    begin = tl.program_id(0) * SEGMENT
+    offs_c = tl.arange(0, BLOCK_C)
+    in_C = offs_c < C
+    gain = tl.load(gain_ptr + offs_c, mask=in_C, other=0.0).to(tl.float32)
+    dgain = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    dbias = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for p in tl.range(begin, tl.minimum(begin + SEGMENT, rows), BLOCK_P):
+        offs_p = tl.cast(p, tl.int64) + tl.arange(0, BLOCK_P)
+        counts = tl.load(features_ptr + offs_p * WIDTH + (WIDTH - 1)) > 0
+        dm_ptrs = dmemory_ptr + offs_p[:, None] * C + offs_c[None, :]
+        dm = tl.load(dm_ptrs, mask=(counts & (offs_p < P))[:, None] & in_C[None, :], other=0.0).to(tl.float32)
+        unit = load_tile(unit_ptr, p, BLOCK_P, BLOCK_C).to(tl.float32)
+        # du = dm gain,  dy = rinv (du - unit mean(du unit))
+        du = dm * gain[None, :]
+        mean = tl.sum(du * unit, 1) / C
+        dy = (du - unit * mean[:, None]) * tl.load(rinv_ptr + offs_p)[:, None]
+        tl.store(dy_ptr + offs_p[:, None] * BLOCK_C + offs_c[None, :], dy.to(dy_ptr.dtype.element_ty))
+        dgain += dm * unit
+        dbias += dy
+    sums_ptr += tl.program_id(0) * 2 * BLOCK_C + offs_c
+    tl.store(sums_ptr, tl.sum(dgain, 0))
+    tl.store(sums_ptr + BLOCK_C, tl.sum(dbias, 0))
+
+
+@triton.jit(do_not_specialize=["P", "T"])
+def _point_weights_bwd_kernel(
+    features_ptr, dy_ptr, weight1_ptr, weight2_ptr, count_ptr, sums_ptr, P, T,
+    J: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    j = tl.program_id(0) * BLOCK_J
+    segment = tl.program_id(1)
+    begin = segment * SEGMENT
+    end = tl.minimum(begin + SEGMENT, P)
+    if count_ptr is not None:
+        item = (end - 1) // T
+        end = tl.maximum(begin, tl.minimum(end, item * T + tl.load(count_ptr + item).to(tl.int32)))
+    w1 = load_tile(weight1_ptr, j, BLOCK_J, WIDTH)
+    w2 = load_tile(weight2_ptr, j, BLOCK_J, BLOCK_C)
+    dw1 = tl.zeros([BLOCK_J, WIDTH], tl.float32)
+    dw2 = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
+    for p in tl.range(begin, end, BLOCK_P):
+        f = load_tile(features_ptr, p, BLOCK_P, WIDTH)
+        dy = load_tile(dy_ptr, p, BLOCK_P, BLOCK_C)
+        # x = W1c F^T,  dx = (W2c dy^T) gelu'(x)
+        x = tl.dot(w1, tl.trans(f), input_precision=PRECISION)
+        dh = tl.dot(w2, tl.trans(dy), input_precision=PRECISION)
+        h, slope = gelu_and_slope(x, PRECISION)
+        # dW2c = gelu(x) dy,  dW1c = dx F
+        dw2 = tl.dot(h.to(dy.dtype), dy, dw2, input_precision=PRECISION)
+        dw1 = tl.dot((dh * slope).to(f.dtype), f, dw1, input_precision=PRECISION)
+    sums_ptr += (segment.to(tl.int64) * J + j) * (WIDTH + BLOCK_C)
+    offs_j = tl.arange(0, BLOCK_J)[:, None] * (WIDTH + BLOCK_C)
+    tl.store(sums_ptr + offs_j + tl.arange(0, WIDTH)[None, :], dw1)
+    tl.store(sums_ptr + offs_j + WIDTH + tl.arange(0, BLOCK_C)[None, :], dw2)

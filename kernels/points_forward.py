@@ -1,0 +1,195 @@
+"""Triton forward of `point_embedding`: the features in one launch, then all layers of a block of points in one program.
+
+A point's features are 128 columns in the dtype of the products, so that one product has them all:
+
+    [xyz 3 | sin F | cos F | one-hot label | one-hot source | one-hot behind | votes 2 | 0 ... | 1]
+
+The rows of a point that does not count are 0, also the last column; the rows end at a multiple of `ROWS`.
+
+The layers walk the hidden units in blocks and keep none of them. They run skewed, so that the matrix units have the
+product of one block while GELU of the next is computed:
+
+    h = gelu(F W1[0]^T),  x = F W1[1]^T
+    for block c:  y += h W2[c]^T;  h = gelu(x);  x = F W1[c + 2]^T
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.points_tile import ROWS, WIDTH, gelu, launch_options, load_tile
+
+EPS = torch.finfo(torch.float32).eps
+FEATURE_ROWS = 32
+
+
+def point_features_triton(
+    xyz_BT3: Tensor,
+    class_id_BT: Tensor,
+    source_BT: Tensor,
+    behind_BT: Tensor,
+    votes_BT2: Tensor | None,
+    frequencies_F3: Tensor,
+    point_count_B: Tensor | None,
+    classes: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return features_PK, its rows padded."""
+    B, T, _ = xyz_BT3.shape
+    features_PK = xyz_BT3.new_empty(triton.cdiv(B * T, ROWS) * ROWS, WIDTH, dtype=dtype)
+    if not len(features_PK):
+        return features_PK
+    labels, sources, behinds = classes
+    votes = None if votes_BT2 is None else votes_BT2.contiguous()
+    counts = None if point_count_B is None else point_count_B.contiguous()
+    inputs = [x.contiguous() for x in (xyz_BT3, class_id_BT, source_BT, behind_BT)]
+    _point_features_kernel[(len(features_PK) // FEATURE_ROWS,)](
+        *inputs, votes, frequencies_F3.contiguous(), counts, features_PK, B * T, T, F=len(frequencies_F3),
+        LABELS=labels, SOURCES=sources, BEHINDS=behinds, WIDTH=WIDTH, BLOCK_P=FEATURE_ROWS, num_warps=4,
+    )  # fmt: skip
+    return features_PK
+
+
+def point_layers_forward(features_PK, weight1_JK, weight2_CJ, bias2_C, gain_C, points: int, precision: str):
+    """Return memory_PC, and what the backward needs: the normalised rows before the gain, and the inverse norms."""
+    memory_PC, unit_PC, rinv_P = empty_outputs(features_PK, gain_C, points)
+    rows = len(features_PK)
+    if not rows:
+        return memory_PC, unit_PC, rinv_P
+    weight1_JK, weight2_JC = product_weights(features_PK, weight1_JK, weight2_CJ)
+    J, BLOCK_C = weight2_JC.shape
+    options = launch_options("forward", features_PK, precision)
+    _point_layers_fwd_kernel[(rows // options["BLOCK_P"],)](
+        features_PK, weight1_JK, weight2_JC, bias2_C.contiguous(), gain_C.contiguous(), memory_PC, unit_PC, rinv_P,
+        points, EPS, C=len(gain_C), J=J, WIDTH=WIDTH, BLOCK_C=BLOCK_C, **options,
+    )  # fmt: skip
+    return memory_PC, unit_PC, rinv_P
+
+
+def empty_outputs(features_PK: Tensor, gain_C: Tensor, points: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `point_layers_forward` returns, unwritten; what only the kernels see has whole blocks of rows and columns."""
+    C, rows = len(gain_C), len(features_PK)
+    unit_PC = features_PK.new_empty(rows, whole_block(C))
+    return features_PK.new_empty(points, C), unit_PC, features_PK.new_empty(rows, dtype=torch.float32)
+
+
+def product_weights(features_PK: Tensor, weight1_JK: Tensor, weight2_CJ: Tensor) -> tuple[Tensor, Tensor]:
+    """Both weights in the products' dtype, zeros up to whole blocks, the second one transposed."""
+    C, J = weight2_CJ.shape
+    more_J, more_C = -J % ROWS, whole_block(C) - C
+    weight2_JC = torch.nn.functional.pad(weight2_CJ.T, (0, more_C, 0, more_J)).to(features_PK.dtype).contiguous()
+    return torch.nn.functional.pad(weight1_JK, (0, 0, 0, more_J)).to(features_PK.dtype), weight2_JC
+
+
+def whole_block(C: int) -> int:
+    """Channels of a tile: a power of two, and enough for a product."""
+    return max(16, triton.next_power_of_2(C))
+
+
+@triton.jit(do_not_specialize=["P", "T"])
+def _point_features_kernel(
+    xyz_ptr, class_ptr, source_ptr, behind_ptr, votes_ptr, frequency_ptr, count_ptr, features_ptr, P, T,
+    F: tl.constexpr, LABELS: tl.constexpr, SOURCES: tl.constexpr, BEHINDS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    offs_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    counts = offs_p < P
+    if count_ptr is not None:
+        item = offs_p // T
+        counts = counts & (offs_p - item * T < tl.load(count_ptr + item, mask=counts, other=0))
+    x = tl.load(xyz_ptr + 3 * offs_p, mask=counts, other=0.0)[:, None]
+    y = tl.load(xyz_ptr + 3 * offs_p + 1, mask=counts, other=0.0)[:, None]
+    z = tl.load(xyz_ptr + 3 * offs_p + 2, mask=counts, other=0.0)[:, None]
+
+    # sin p, cos p with p = 2 pi xyz frequencies^T; the phase in turns, whole turns taken off
+    offs_k = tl.arange(0, WIDTH)
+    is_wave = (offs_k >= 3) & (offs_k < 3 + 2 * F)
+    is_sin = offs_k < 3 + F
+    frequency = frequency_ptr + 3 * (offs_k - tl.where(is_sin, 3, 3 + F))
+    turns = x * tl.load(frequency, mask=is_wave, other=0.0)[None, :]
+    turns += y * tl.load(frequency + 1, mask=is_wave, other=0.0)[None, :]
+    turns += z * tl.load(frequency + 2, mask=is_wave, other=0.0)[None, :]
+    value = tl.where(is_wave[None, :], _cos_turns(turns, tl.where(is_sin, -0.25, 0.0)[None, :]), 0.0)
+
+    value = tl.where((offs_k == 0)[None, :], x, value)
+    value = tl.where((offs_k == 1)[None, :], y, value)
+    value = tl.where((offs_k == 2)[None, :], z, value)
+    first = 3 + 2 * F
+    hit = _one_hot(class_ptr + offs_p, counts, offs_k - first, LABELS)
+    hit = hit | _one_hot(source_ptr + offs_p, counts, offs_k - (first + LABELS), SOURCES)
+    hit = hit | _one_hot(behind_ptr + offs_p, counts, offs_k - (first + LABELS + SOURCES), BEHINDS)
+    hit = hit | (counts[:, None] & (offs_k == WIDTH - 1)[None, :])
+    value = tl.where(hit, 1.0, value)
+    if votes_ptr is not None:
+        votes = first + LABELS + SOURCES + BEHINDS
+        views = tl.load(votes_ptr + 2 * offs_p, mask=counts, other=0.0)[:, None]
+        share = tl.load(votes_ptr + 2 * offs_p + 1, mask=counts, other=0.0)[:, None]
+        value = tl.where((offs_k == votes)[None, :], views, value)
+        value = tl.where((offs_k == votes + 1)[None, :], share, value)
+    value = tl.where(counts[:, None], value, 0.0)
+    tl.store(features_ptr + offs_p[:, None] * WIDTH + offs_k[None, :], value.to(features_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _one_hot(index_ptr, counts, classes, CLASSES: tl.constexpr):
+    """Whether a point has the class of a column; `classes` beside 0 .. CLASSES - 1 are other columns."""
+    index = tl.load(index_ptr, mask=counts, other=0)
+    inside = (classes >= 0) & (classes < CLASSES)
+    return counts[:, None] & inside[None, :] & (index[:, None] == classes[None, :])
+
+
+@triton.jit
+def _cos_turns(turns, shift):
+    """cos 2 pi (turns + shift), to 3e-9 beside float32 rounding."""
+    r = turns - tl.floor(turns + 0.5) + shift
+    # cos 2 pi r = sin 2 pi (1/4 - |r|) for r in [-1/2, 1/2]
+    s = 0.25 - tl.abs(r - tl.floor(r + 0.5))
+    ss = s * s
+    p = ss * 39.5367060496682 - 76.54978229110549
+    p = p * ss + 81.60100407313466
+    p = p * ss - 41.34165503141392
+    return s * (p * ss + 6.283185160089477)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _point_layers_fwd_kernel(
+    features_ptr, weight1_ptr, weight2_ptr, bias2_ptr, gain_ptr, memory_ptr, unit_ptr, rinv_ptr, P, eps,
+    C: tl.constexpr, J: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0) * BLOCK_P
+    offs_p = tl.cast(p, tl.int64) + tl.arange(0, BLOCK_P)
+    f = load_tile(features_ptr, p, BLOCK_P, WIDTH)
+    counts = tl.load(features_ptr + offs_p * WIDTH + (WIDTH - 1)) > 0
+    last = J - BLOCK_J
+    end = tl.where(tl.max(counts.to(tl.int32), 0) > 0, last, 0)
+
+    # h = gelu(F W1[0]^T),  x = F W1[1]^T
+    h = gelu(_hidden(f, weight1_ptr, 0, BLOCK_J, WIDTH, PRECISION), PRECISION).to(f.dtype)
+    x = _hidden(f, weight1_ptr, BLOCK_J if J > BLOCK_J else 0, BLOCK_J, WIDTH, PRECISION)
+    acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for j in tl.range(0, end, BLOCK_J):
+        # y += h W2[c]^T;  h = gelu(x);  x = F W1[c + 2]^T
+        acc = tl.dot(h, load_tile(weight2_ptr, j, BLOCK_J, BLOCK_C), acc, input_precision=PRECISION)
+        h = gelu(x, PRECISION).to(f.dtype)
+        x = _hidden(f, weight1_ptr, tl.minimum(j + 2 * BLOCK_J, last), BLOCK_J, WIDTH, PRECISION)
+    acc = tl.dot(h, load_tile(weight2_ptr, last, BLOCK_J, BLOCK_C), acc, input_precision=PRECISION)
+
+    # unit = y / sqrt(mean y^2 + eps),  memory = unit gain
+    offs_c = tl.arange(0, BLOCK_C)
+    in_C = offs_c < C
+    y = acc + tl.load(bias2_ptr + offs_c, mask=in_C, other=0.0).to(tl.float32)[None, :]
+    rinv = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, 1) / C + eps))
+    unit = tl.where(counts[:, None], y * rinv[:, None], 0.0)
+    gain = tl.load(gain_ptr + offs_c, mask=in_C, other=0.0).to(tl.float32)
+    memory = (unit * gain[None, :]).to(memory_ptr.dtype.element_ty)
+    tl.store(memory_ptr + offs_p[:, None] * C + offs_c[None, :], memory, mask=(offs_p < P)[:, None] & in_C[None, :])
+    tl.store(unit_ptr + offs_p[:, None] * BLOCK_C + offs_c[None, :], unit.to(unit_ptr.dtype.element_ty))
+    tl.store(rinv_ptr + offs_p, rinv)
+
+
+@triton.jit
+def _hidden(f, weight1_ptr, j, BLOCK_J: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """F W1[j : j + BLOCK_J]^T."""
+    return tl.dot(f, tl.trans(load_tile(weight1_ptr, j, BLOCK_J, WIDTH)), input_precision=PRECISION)

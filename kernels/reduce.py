@@ -1,0 +1,44 @@
+"""Sums over fixed segments of rows, in a fixed order: what a gradient of a weight shared by all rows ends with.
+
+A kernel that adds up rows cuts them into segments of a constant length, whatever the GPU, and stores one partial sum per
+segment. `sum_segments` adds those: no atomics, and the number of multiprocessors has no influence on the bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_S, BLOCK_N = 16, 128
+
+
+def sum_segments(partial_SX: torch.Tensor) -> torch.Tensor:
+    """Sum over the first axis in float32.
+
+        sum_s partial_s: lanes i = 0 .. 15 first add s = i, i + 16, i + 32, ... each in ascending order, then a tree
+        adds the lanes
+
+    Args:
+        partial_SX: contiguous float32 [S, ...], on a device where Triton kernels run.
+    Returns:
+        float32 [...]; zeros if S is 0.
+    Determinism: the bits depend on the values and on S, on nothing else.
+    """
+    out_X = partial_SX.new_empty(partial_SX.shape[1:])
+    S, N = len(partial_SX), out_X.numel()
+    if N:
+        _sum_segments_kernel[(triton.cdiv(N, BLOCK_N),)](
+            partial_SX, out_X, S, N, BLOCK_S=BLOCK_S, BLOCK_N=BLOCK_N, num_warps=4
+        )
+    return out_X
+
+
+@triton.jit(do_not_specialize=["S"])
+def _sum_segments_kernel(partial_ptr, out_ptr, S, N, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    lanes = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
+    for start in tl.range(0, S, BLOCK_S):
+        rows = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
+        keep = (rows < S)[:, None] & mask_n[None, :]
+        lanes += tl.load(partial_ptr + rows[:, None] * N + offs_n[None, :], mask=keep, other=0.0)
+    tl.store(out_ptr + offs_n, tl.sum(lanes, 0), mask=mask_n)
