@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.points_forward import product_weights
-from kernels.points_tile import SEGMENT, WIDTH, gelu_and_slope, launch_options, load_tile
+from kernels.points_tile import SEGMENT, WIDTH, add_gelu_products, gelu_slope, launch_options, load_tile, store_tile
 from kernels.reduce import sum_segments
 
 NORM_SEGMENT, NORM_ROWS = 512, 16
@@ -47,16 +47,24 @@ def point_layers_backward(
     )  # fmt: skip
     dgain_C, dbias2_C = sum_segments(sums_S2C)[:, :C].unbind(0)
 
-    options = launch_options("weights", features_PK, precision)
-    sums_SJX = rinv_P.new_empty(triton.cdiv(rows, SEGMENT), padded_J, WIDTH + BLOCK_C)
+    segments, settings = triton.cdiv(rows, SEGMENT), {"J": padded_J, "WIDTH": WIDTH, "BLOCK_C": BLOCK_C}
     counts = None if point_count_B is None else point_count_B.contiguous()
-    _point_weights_bwd_kernel[(padded_J // options["BLOCK_J"], len(sums_SJX))](
-        features_PK, dy_PC, weight1_JK, weight2_JC, counts, sums_SJX, P, points_each,
-        J=padded_J, WIDTH=WIDTH, BLOCK_C=BLOCK_C, SEGMENT=SEGMENT, **options,
+    sums_SJC = rinv_P.new_empty(segments, padded_J, BLOCK_C)
+    options = launch_options("weight2", features_PK, precision)
+    _point_weight2_bwd_kernel[(padded_J // options["BLOCK_J"], segments)](
+        features_PK, dy_PC, weight1_JK, counts, sums_SJC, P, points_each, rows,
+        **settings, SEGMENT=SEGMENT, **options,
     )  # fmt: skip
-    dweight1_JK, dweight2_JC = sum_segments(sums_SJX)[:J].split([WIDTH, BLOCK_C], dim=1)
-    dweight2_CJ = dweight2_JC[:, :C].T.contiguous()
-    return dweight1_JK.contiguous(), dweight2_CJ, dbias2_C.clone(), dgain_C.clone()
+    dweight2_CJ = sum_segments(sums_SJC)[:J, :C].T.contiguous()
+
+    sums_SJK = rinv_P.new_empty(segments, padded_J, WIDTH)
+    options = launch_options("weight1", features_PK, precision)
+    _point_weight1_bwd_kernel[(padded_J // options["BLOCK_J"], segments)](
+        features_PK, dy_PC, weight1_JK, weight2_JC, counts, sums_SJK, P, points_each, rows,
+        **settings, SEGMENT=SEGMENT, **options,
+    )  # fmt: skip
+    dweight1_JK = sum_segments(sums_SJK)
+    return dweight1_JK if J == padded_J else dweight1_JK[:J].clone(), dweight2_CJ, dbias2_C.clone(), dgain_C.clone()
 
 
 @triton.jit(do_not_specialize=["P", "rows"])
@@ -88,34 +96,51 @@ def _point_norm_bwd_kernel(
     tl.store(sums_ptr + BLOCK_C, tl.sum(dbias, 0))
 
 
-@triton.jit(do_not_specialize=["P", "T"])
-def _point_weights_bwd_kernel(
-    features_ptr, dy_ptr, weight1_ptr, weight2_ptr, count_ptr, sums_ptr, P, T,
+@triton.jit(do_not_specialize=["P", "T", "rows"])
+def _point_weight2_bwd_kernel(
+    features_ptr, dy_ptr, weight1_ptr, count_ptr, sums_ptr, P, T, rows,
     J: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
+    # dW2c^T = sum_p gelu(<W1c, F_p>) dy_p
     j = tl.program_id(0) * BLOCK_J
-    segment = tl.program_id(1)
-    begin = segment * SEGMENT
+    begin, end = _segment(count_ptr, P, T, SEGMENT)
+    w1 = load_tile(weight1_ptr, j, BLOCK_J, WIDTH)
+    dw2 = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
+    dw2 = add_gelu_products(
+        dw2, w1, features_ptr, dy_ptr, begin, end, rows, WIDTH, BLOCK_C, PRECISION, BLOCK_P
+    )  # fmt: skip
+    store_tile(sums_ptr, tl.program_id(1) * J + j, BLOCK_C, None, dw2)
+
+
+@triton.jit(do_not_specialize=["P", "T", "rows"])
+def _point_weight1_bwd_kernel(
+    features_ptr, dy_ptr, weight1_ptr, weight2_ptr, count_ptr, sums_ptr, P, T, rows,
+    J: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    # dW1c = sum_p dx_p F_p,  dx_p = <W2c^T, dy_p> gelu'(<W1c, F_p>)
+    j = tl.program_id(0) * BLOCK_J
+    begin, end = _segment(count_ptr, P, T, SEGMENT)
+    w1 = load_tile(weight1_ptr, j, BLOCK_J, WIDTH)
+    w2 = load_tile(weight2_ptr, j, BLOCK_J, BLOCK_C)
+    dw1 = tl.zeros([BLOCK_J, WIDTH], tl.float32)
+    for p in tl.range(begin, end, BLOCK_P):
+        f = load_tile(features_ptr, p, BLOCK_P, WIDTH)
+        dy = load_tile(dy_ptr, p, BLOCK_P, BLOCK_C)
+        x = tl.dot(w1, tl.trans(f), input_precision=PRECISION)
+        dh = tl.dot(w2, tl.trans(dy), input_precision=PRECISION)
+        dx = dh * gelu_slope(x, PRECISION)
+        dw1 = tl.dot(dx.to(f.dtype), f, dw1, input_precision=PRECISION)
+    store_tile(sums_ptr, tl.program_id(1) * J + j, WIDTH, None, dw1)
+
+
+@triton.jit
+def _segment(count_ptr, P, T, SEGMENT: tl.constexpr):
+    """The rows of this program's segment, to the last point of its last item that counts."""
+    begin = tl.program_id(1) * SEGMENT
     end = tl.minimum(begin + SEGMENT, P)
     if count_ptr is not None:
         item = (end - 1) // T
         end = tl.maximum(begin, tl.minimum(end, item * T + tl.load(count_ptr + item).to(tl.int32)))
-    w1 = load_tile(weight1_ptr, j, BLOCK_J, WIDTH)
-    w2 = load_tile(weight2_ptr, j, BLOCK_J, BLOCK_C)
-    dw1 = tl.zeros([BLOCK_J, WIDTH], tl.float32)
-    dw2 = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
-    for p in tl.range(begin, end, BLOCK_P):
-        f = load_tile(features_ptr, p, BLOCK_P, WIDTH)
-        dy = load_tile(dy_ptr, p, BLOCK_P, BLOCK_C)
-        # x = W1c F^T,  dx = (W2c dy^T) gelu'(x)
-        x = tl.dot(w1, tl.trans(f), input_precision=PRECISION)
-        dh = tl.dot(w2, tl.trans(dy), input_precision=PRECISION)
-        h, slope = gelu_and_slope(x, PRECISION)
-        # dW2c = gelu(x) dy,  dW1c = dx F
-        dw2 = tl.dot(h.to(dy.dtype), dy, dw2, input_precision=PRECISION)
-        dw1 = tl.dot((dh * slope).to(f.dtype), f, dw1, input_precision=PRECISION)
-    sums_ptr += (segment.to(tl.int64) * J + j) * (WIDTH + BLOCK_C)
-    offs_j = tl.arange(0, BLOCK_J)[:, None] * (WIDTH + BLOCK_C)
-    tl.store(sums_ptr + offs_j + tl.arange(0, WIDTH)[None, :], dw1)
-    tl.store(sums_ptr + offs_j + WIDTH + tl.arange(0, BLOCK_C)[None, :], dw2)
+    return begin, end

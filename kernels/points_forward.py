@@ -6,11 +6,7 @@ A point's features are 128 columns in the dtype of the products, so that one pro
 
 The rows of a point that does not count are 0, also the last column; the rows end at a multiple of `ROWS`.
 
-The layers walk the hidden units in blocks and keep none of them. They run skewed, so that the matrix units have the
-product of one block while GELU of the next is computed:
-
-    h = gelu(F W1[0]^T),  x = F W1[1]^T
-    for block c:  y += h W2[c]^T;  h = gelu(x);  x = F W1[c + 2]^T
+The layers walk the hidden units in blocks and keep none of them.
 """
 
 import torch
@@ -18,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.points_tile import ROWS, WIDTH, gelu, launch_options, load_tile
+from kernels.points_tile import ROWS, WIDTH, add_gelu_products, launch_options, load_tile, store_tile
 
 EPS = torch.finfo(torch.float32).eps
 FEATURE_ROWS = 32
@@ -159,37 +155,25 @@ def _point_layers_fwd_kernel(
     BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0) * BLOCK_P
-    offs_p = tl.cast(p, tl.int64) + tl.arange(0, BLOCK_P)
     f = load_tile(features_ptr, p, BLOCK_P, WIDTH)
-    counts = tl.load(features_ptr + offs_p * WIDTH + (WIDTH - 1)) > 0
-    last = J - BLOCK_J
-    end = tl.where(tl.max(counts.to(tl.int32), 0) > 0, last, 0)
+    # the ones of the points that count; a block without any needs no sums
+    ones = features_ptr + (tl.cast(p, tl.int64) + tl.arange(0, BLOCK_P)) * WIDTH + (WIDTH - 1)
+    end = tl.where(tl.max(tl.load(ones).to(tl.float32), 0) > 0, J, 0)
 
-    # h = gelu(F W1[0]^T),  x = F W1[1]^T
-    h = gelu(_hidden(f, weight1_ptr, 0, BLOCK_J, WIDTH, PRECISION), PRECISION).to(f.dtype)
-    x = _hidden(f, weight1_ptr, BLOCK_J if J > BLOCK_J else 0, BLOCK_J, WIDTH, PRECISION)
-    acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for j in tl.range(0, end, BLOCK_J):
-        # y += h W2[c]^T;  h = gelu(x);  x = F W1[c + 2]^T
-        acc = tl.dot(h, load_tile(weight2_ptr, j, BLOCK_J, BLOCK_C), acc, input_precision=PRECISION)
-        h = gelu(x, PRECISION).to(f.dtype)
-        x = _hidden(f, weight1_ptr, tl.minimum(j + 2 * BLOCK_J, last), BLOCK_J, WIDTH, PRECISION)
-    acc = tl.dot(h, load_tile(weight2_ptr, last, BLOCK_J, BLOCK_C), acc, input_precision=PRECISION)
-
-    # unit = y / sqrt(mean y^2 + eps),  memory = unit gain
+    # y = W2 gelu(W1 F) + b2
     offs_c = tl.arange(0, BLOCK_C)
     in_C = offs_c < C
-    y = acc + tl.load(bias2_ptr + offs_c, mask=in_C, other=0.0).to(tl.float32)[None, :]
+    bias2 = tl.load(bias2_ptr + offs_c, mask=in_C, other=0.0)
+    y = tl.broadcast_to(bias2[None, :], [BLOCK_P, BLOCK_C])
+    y = add_gelu_products(y, f, weight1_ptr, weight2_ptr, 0, end, J, WIDTH, BLOCK_C, PRECISION, BLOCK_J)
+
+    # unit = y / sqrt(mean y^2 + eps),  memory = unit gain
     rinv = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, 1) / C + eps))
+    counts = tl.load(ones) > 0
     unit = tl.where(counts[:, None], y * rinv[:, None], 0.0)
-    gain = tl.load(gain_ptr + offs_c, mask=in_C, other=0.0).to(tl.float32)
-    memory = (unit * gain[None, :]).to(memory_ptr.dtype.element_ty)
-    tl.store(memory_ptr + offs_p[:, None] * C + offs_c[None, :], memory, mask=(offs_p < P)[:, None] & in_C[None, :])
-    tl.store(unit_ptr + offs_p[:, None] * BLOCK_C + offs_c[None, :], unit.to(unit_ptr.dtype.element_ty))
+    gain = tl.load(gain_ptr + offs_c, mask=in_C, other=0.0)
+    offs_p = p + tl.arange(0, BLOCK_P)
     tl.store(rinv_ptr + offs_p, rinv)
+    store_tile(unit_ptr, p, BLOCK_C, None, unit)
+    store_tile(memory_ptr, p, C, (offs_p < P)[:, None] & in_C[None, :], unit * gain[None, :])
 
-
-@triton.jit
-def _hidden(f, weight1_ptr, j, BLOCK_J: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """F W1[j : j + BLOCK_J]^T."""
-    return tl.dot(f, tl.trans(load_tile(weight1_ptr, j, BLOCK_J, WIDTH)), input_precision=PRECISION)

@@ -29,9 +29,9 @@ INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 # (family, products) -> (points and hidden units of a tile, warps, stages) of the forward and the weights kernel.
 TILES = {
-    ("sm_90", k): ((128, 64, 8, 2), (32, 64, 4, 2)) for k in ("bf16","tf32","ieee")
+    ("sm_90", k): ((128, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2)) for k in ("bf16","tf32","ieee")
 }
-KERNELS = ("forward", "weights")
+KERNELS = ("forward", "weight2", "weight1")
 
 
 def launch_options(kernel: str, tensor: torch.Tensor, precision: str) -> dict[str, Any]:
@@ -43,6 +43,32 @@ def launch_options(kernel: str, tensor: torch.Tensor, precision: str) -> dict[st
 
 
 @triton.jit
+def add_gelu_products(
+    y, a, b_ptr, c_ptr, begin, end, rows,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y + sum_i gelu(<a, b_i>) c_i, i from begin to end in whole blocks, of b [rows, WIDTH] and c [rows, COLUMNS].
+
+    Skewed, so that the matrix units have the sum of one block while GELU of the next one is computed.
+    """
+    last = rows - BLOCK
+    h = gelu(_products(a, b_ptr, begin, BLOCK, WIDTH, PRECISION), PRECISION)
+    x = _products(a, b_ptr, tl.minimum(begin + BLOCK, last), BLOCK, WIDTH, PRECISION)
+    for i in tl.range(begin, end, BLOCK):
+        # rounded here and not where it is made: so it goes from registers to the matrix units, without a wait
+        y = tl.dot(h.to(a.dtype), load_tile(c_ptr, i, BLOCK, COLUMNS), y, input_precision=PRECISION)
+        h = gelu(x, PRECISION)
+        x = _products(a, b_ptr, tl.minimum(i + 2 * BLOCK, last), BLOCK, WIDTH, PRECISION)
+    return y
+
+
+@triton.jit
+def _products(a, b_ptr, start, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T for a block of rows of b."""
+    return tl.dot(a, tl.trans(load_tile(b_ptr, start, BLOCK, WIDTH)), input_precision=PRECISION)
+
+
+@triton.jit
 def gelu(x, PRECISION: tl.constexpr):
     """x Phi(x) of float32 values."""
     a = tl.abs(x)
@@ -50,12 +76,10 @@ def gelu(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def gelu_and_slope(x, PRECISION: tl.constexpr):
-    """x Phi(x) and its derivative."""
-    a = tl.abs(x)
-    q = _phi_of_minus(a, PRECISION)
-    slope = tl.where(x < 0, q, 1.0 - q) + x * (tl.exp2(x * x * MINUS_HALF_LOG2E) * INV_SQRT_2PI)
-    return tl.maximum(x, 0.0) - a * q, slope
+def gelu_slope(x, PRECISION: tl.constexpr):
+    """The derivative of x Phi(x)."""
+    q = _phi_of_minus(tl.abs(x), PRECISION)
+    return tl.where(x < 0, q, 1.0 - q) + x * (tl.exp2(x * x * MINUS_HALF_LOG2E) * INV_SQRT_2PI)
 
 
 @triton.jit
@@ -82,3 +106,11 @@ def load_tile(ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows start .. start + ROWS of a dense matrix of COLUMNS columns."""
     rows = tl.arange(0, ROWS).to(tl.int64)[:, None] * COLUMNS
     return tl.load(ptr + tl.cast(start, tl.int64) * COLUMNS + (rows + tl.arange(0, COLUMNS)[None, :]))
+
+
+@triton.jit
+def store_tile(ptr, start, columns, keep, values):
+    """Store `values` in its dtype from row `start` of a dense matrix of `columns` columns, where kept."""
+    rows = tl.arange(0, values.shape[0]).to(tl.int64)[:, None] * columns
+    ptrs = ptr + tl.cast(start, tl.int64) * columns + (rows + tl.arange(0, values.shape[1])[None, :])
+    tl.store(ptrs, values.to(ptr.dtype.element_ty), mask=keep)
