@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.points_forward import product_weights
-from kernels.points_tile import SEGMENT, WIDTH, add_gelu_products, gelu_slope, launch_options, load_tile, store_tile
+from kernels.points_tile import SEGMENT, WIDTH, add_gelu_products, gelu_slope, launch_options, load_tile, products, store_tile
 from kernels.reduce import sum_segments
 
 NORM_SEGMENT, NORM_ROWS = 512, 16
@@ -125,13 +125,16 @@ def _point_weight1_bwd_kernel(
     w1 = load_tile(weight1_ptr, j, BLOCK_J, WIDTH)
     w2 = load_tile(weight2_ptr, j, BLOCK_J, BLOCK_C)
     dw1 = tl.zeros([BLOCK_J, WIDTH], tl.float32)
-    for p in tl.range(begin, end, BLOCK_P):
-        f = load_tile(features_ptr, p, BLOCK_P, WIDTH)
-        dy = load_tile(dy_ptr, p, BLOCK_P, BLOCK_C)
-        x = tl.dot(w1, tl.trans(f), input_precision=PRECISION)
-        dh = tl.dot(w2, tl.trans(dy), input_precision=PRECISION)
-        dx = dh * gelu_slope(x, PRECISION)
+    dx = tl.zeros([BLOCK_J, BLOCK_P], tl.float32)
+    x = tl.zeros([BLOCK_J, BLOCK_P], tl.float32)
+    dh = tl.zeros([BLOCK_J, BLOCK_P], tl.float32)
+    for p in tl.range(begin - 2 * BLOCK_P, end, BLOCK_P):
+        f = load_tile(features_ptr, tl.maximum(p, begin), BLOCK_P, WIDTH)
         dw1 = tl.dot(dx.to(f.dtype), f, dw1, input_precision=PRECISION)
+        dx = dh * gelu_slope(x, PRECISION)
+        ahead = tl.minimum(p + 2 * BLOCK_P, rows - BLOCK_P)
+        x = products(w1, features_ptr, ahead, BLOCK_P, WIDTH, PRECISION)
+        dh = products(w2, dy_ptr, ahead, BLOCK_P, BLOCK_C, PRECISION)
     store_tile(sums_ptr, tl.program_id(1) * J + j, WIDTH, None, dw1)
 
 

@@ -52,18 +52,18 @@ def add_gelu_products(
     Skewed, so that the matrix units have the sum of one block while GELU of the next one is computed.
     """
     last = rows - BLOCK
-    h = gelu(_products(a, b_ptr, begin, BLOCK, WIDTH, PRECISION), PRECISION)
-    x = _products(a, b_ptr, tl.minimum(begin + BLOCK, last), BLOCK, WIDTH, PRECISION)
+    h = gelu(products(a, b_ptr, begin, BLOCK, WIDTH, PRECISION), PRECISION)
+    x = products(a, b_ptr, tl.minimum(begin + BLOCK, last), BLOCK, WIDTH, PRECISION)
     for i in tl.range(begin, end, BLOCK):
         # rounded here and not where it is made: so it goes from registers to the matrix units, without a wait
         y = tl.dot(h.to(a.dtype), load_tile(c_ptr, i, BLOCK, COLUMNS), y, input_precision=PRECISION)
         h = gelu(x, PRECISION)
-        x = _products(a, b_ptr, tl.minimum(i + 2 * BLOCK, last), BLOCK, WIDTH, PRECISION)
+        x = products(a, b_ptr, tl.minimum(i + 2 * BLOCK, last), BLOCK, WIDTH, PRECISION)
     return y
 
 
 @triton.jit
-def _products(a, b_ptr, start, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+def products(a, b_ptr, start, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T for a block of rows of b."""
     return tl.dot(a, tl.trans(load_tile(b_ptr, start, BLOCK, WIDTH)), input_precision=PRECISION)
 
