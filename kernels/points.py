@@ -90,7 +90,7 @@ def point_embedding(
         weight1_JK = _effective_weight1(*tables, weight1, bias1, votes=votes_BT2 is not None)
         features_PK = _features(*points, frequencies_F3, point_count_B, classes, precision)
         memory_PC, *_ = _forward(features_PK, weight1_JK, *layers[2:], point_count_B, B, T, precision)
-        return memory_PC.view(B, T, -1)
+        return memory_PC.view(B, T, len(gain))
 
 
 def point_embedding_reference(

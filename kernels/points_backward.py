@@ -1,10 +1,12 @@
 """Triton backward of `point_embedding`: gradients of the weights; the hidden layer is computed once more.
 
-    norm      one program per segment of rows:  du = dm gain,  dy = rinv (du - unit mean(du unit)),  stored for `weights`
+    norm      one program per segment of rows:  du = dm gain,  dy = rinv (du - unit mean(du unit)),  stored
                   partial sums  d gain = sum dm unit,  d bias2 = sum dy
-    weights   one program per block of hidden units and segment of points, points in ascending order in registers
-                  x = W1c F^T,  dx = (W2c dy^T) gelu'(x);  partial sums  dW2c = gelu(x) dy,  dW1c = dx F
+    weight2   one program per block of hidden units and segment of points, points in ascending order:
+                  dW2c^T = sum_p gelu(<W1c, F_p>) dy_p: the sum of the forward with points in the place of units
+    weight1   the same programs:  dW1c = sum_p <W2c^T, dy_p> gelu'(<W1c, F_p>) F_p
 
+In one kernel, both sums would fill the registers: computing <W1c, F_p> twice is a sixth more products and no spills.
 Segments have a fixed length, whatever the GPU; `kernels.reduce` adds their partial sums. Rows of points that do not
 count are 0 in F and in dy: they add exactly 0. A segment ends at the last point of its last item that counts.
 """
@@ -15,7 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.points_forward import product_weights
-from kernels.points_tile import SEGMENT, WIDTH, add_gelu_products, gelu_slope, launch_options, load_tile, products, store_tile
+from kernels.points_tile import (
+    SEGMENT,
+    WIDTH,
+    add_gelu_products,
+    gelu_slope,
+    launch_options,
+    load_tile,
+    products,
+    store_tile,
+)
 from kernels.reduce import sum_segments
 
 NORM_SEGMENT, NORM_ROWS = 512, 16
@@ -64,7 +75,9 @@ def point_layers_backward(
         **settings, SEGMENT=SEGMENT, **options,
     )  # fmt: skip
     dweight1_JK = sum_segments(sums_SJK)
-    return dweight1_JK if J == padded_J else dweight1_JK[:J].clone(), dweight2_CJ, dbias2_C.clone(), dgain_C.clone()
+    if padded_J > J:
+        dweight1_JK = dweight1_JK[:J].clone()
+    return dweight1_JK, dweight2_CJ, dbias2_C.clone(), dgain_C.clone()
 
 
 @triton.jit(do_not_specialize=["P", "rows"])
@@ -128,6 +141,7 @@ def _point_weight1_bwd_kernel(
     dx = tl.zeros([BLOCK_J, BLOCK_P], tl.float32)
     x = tl.zeros([BLOCK_J, BLOCK_P], tl.float32)
     dh = tl.zeros([BLOCK_J, BLOCK_P], tl.float32)
+    # skewed by two blocks, so that the matrix units have the sum of one while the slopes of the next are computed
     for p in tl.range(begin - 2 * BLOCK_P, end, BLOCK_P):
         f = load_tile(features_ptr, tl.maximum(p, begin), BLOCK_P, WIDTH)
         dw1 = tl.dot(dx.to(f.dtype), f, dw1, input_precision=PRECISION)

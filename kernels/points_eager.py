@@ -11,7 +11,7 @@ def point_features(
     class_id_BT: torch.Tensor,
     source_BT: torch.Tensor,
     behind_BT: torch.Tensor,
-    votes_BT2: torch.Tensor | None,
+    votes_BT2: torch.Tensor | None = None,
     *,
     frequencies_F3: torch.Tensor,
     label_table: torch.Tensor,

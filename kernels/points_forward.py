@@ -64,7 +64,7 @@ def point_layers_forward(features_PK, weight1_JK, weight2_CJ, bias2_C, gain_C, p
 
 
 def empty_outputs(features_PK: Tensor, gain_C: Tensor, points: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `point_layers_forward` returns, unwritten; what only the kernels see has whole blocks of rows and columns."""
+    """What `point_layers_forward` returns, unwritten; what only kernels read has whole blocks of rows and columns."""
     C, rows = len(gain_C), len(features_PK)
     unit_PC = features_PK.new_empty(rows, whole_block(C))
     return features_PK.new_empty(points, C), unit_PC, features_PK.new_empty(rows, dtype=torch.float32)
@@ -176,4 +176,3 @@ def _point_layers_fwd_kernel(
     tl.store(rinv_ptr + offs_p, rinv)
     store_tile(unit_ptr, p, BLOCK_C, None, unit)
     store_tile(memory_ptr, p, C, (offs_p < P)[:, None] & in_C[None, :], unit * gain[None, :])
-

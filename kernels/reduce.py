@@ -1,7 +1,7 @@
 """Sums over fixed segments of rows, in a fixed order: what a gradient of a weight shared by all rows ends with.
 
-A kernel that adds up rows cuts them into segments of a constant length, whatever the GPU, and stores one partial sum per
-segment. `sum_segments` adds those: no atomics, and the number of multiprocessors has no influence on the bits.
+A kernel that adds up rows cuts them into segments of a constant length, whatever the GPU, and stores one partial sum
+per segment. `sum_segments` adds those: no atomics, and the number of multiprocessors has no influence on the bits.
 """
 
 import torch

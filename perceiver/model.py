@@ -14,6 +14,7 @@ from torch import nn
 
 from kernels.attention import HEAD_WIDTHS
 from kernels.philox import Place, named_normal, named_uniform
+from kernels.points import point_embedding
 from perceiver.blocks import DropoutKey, GroupedQueryAttention, Layer, RMSNorm
 from perceiver.scene import SceneBatch
 from perceiver.tokens import PointTokenizer
@@ -137,14 +138,12 @@ class Perceiver(nn.Module):
         Args:
             batch: rows on the model's device; points past `point_count_B` have no effect.
             drop: source of the dropout masks in training; None switches dropout off.
-            impl: of the attention operator.
+            impl: of the operators of `kernels`.
         Returns:
             Segments in float32; the order of the queries has no meaning.
         """
         s = self.segmenter
-        with torch.autocast(batch.xyz_BT3.device.type, enabled=False):
-            point_BTF = self.tokenizer(batch)
-        memory_BTC = s.input_proj(point_BTF)
+        memory_BTC = self._memory(batch, impl)
         x_BLC = s.latent_embed.weight.expand(len(batch), -1, -1)
         for layer in s.latent_layers:
             x_BLC = layer(x_BLC, memory_BTC, key_count_B=batch.point_count_B, drop=drop, impl=impl)
@@ -154,6 +153,21 @@ class Perceiver(nn.Module):
         # millimetres on a 10 m roof need more than bf16
         with torch.autocast(x_BNC.device.type, enabled=False):
             return self._heads(x_BNC.to(torch.promote_types(x_BNC.dtype, torch.float32)))
+
+    def _memory(self, batch: SceneBatch, impl: str) -> torch.Tensor:
+        linear1, _, linear2, norm = self.segmenter.input_proj
+        return point_embedding(
+            *self.tokenizer.points(batch),
+            **self.tokenizer.tables(),
+            weight1=linear1.weight,
+            bias1=linear1.bias,
+            weight2=linear2.weight,
+            bias2=linear2.bias,
+            gain=norm.weight,
+            point_count_B=batch.point_count_B,
+            precision=_product_precision(batch.xyz_BT3.device),
+            impl=impl,
+        )
 
     def _heads(self, x_BNC: torch.Tensor) -> Segments:
         r_BN7 = self.segmenter.segment_head(x_BNC)
@@ -165,6 +179,15 @@ class Perceiver(nn.Module):
             len_BN=0.1 * nn.functional.softplus(r_BN7[..., 6]),
             conf_BN=self.segmenter.conf_head(x_BNC)[..., 0],
         )
+
+
+def _product_precision(device: torch.device) -> str:
+    """How matrix products are computed here: what autocast and the TF32 switch say."""
+    if not torch.is_autocast_enabled(device.type):
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if torch.get_autocast_dtype(device.type) != torch.bfloat16:
+        raise ValueError(f"autocast must be to bfloat16, got {torch.get_autocast_dtype(device.type)}")
+    return "bf16"
 
 
 @torch.no_grad()
