@@ -139,9 +139,9 @@ def _eager(points, tables, layers, point_count_B, precision: str | None) -> torc
 def _effective_weight1(frequencies_F3, label_table, source_table, behind_table, weight1, bias1, *, votes: bool):
     """[J, 128] for the columns of `kernels.points_forward`: a table's rows times its columns of weight1; bias1 last."""
     tables = (label_table, source_table, behind_table)
-    widths = [3 + 2 * len(frequencies_F3), *(table.shape[1] for table in tables), 2 * votes]
-    plain, *embedded, vote_columns = weight1.split(widths, dim=1)
-    columns = [plain, *(part @ table.T for part, table in zip(embedded, tables, strict=True)), vote_columns]
+    widths = [3, 2 * len(frequencies_F3), *(table.shape[1] for table in tables), 2 * votes]
+    xyz, waves, *embedded, vote_columns = weight1.split(widths, dim=1)
+    columns = [waves, xyz, *(part @ table.T for part, table in zip(embedded, tables, strict=True)), vote_columns]
     used = sum(part.shape[1] for part in columns)
     return torch.cat([*columns, weight1.new_zeros(len(weight1), WIDTH - 1 - used), bias1[:, None]], dim=1)
 

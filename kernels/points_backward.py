@@ -48,7 +48,7 @@ def point_layers_backward(
     (C, J), P, rows = weight2_CJ.shape, len(dmemory_PC), len(features_PK)
     if not P:
         return tuple(torch.zeros_like(x) for x in (weight1_JK, weight2_CJ, gain_C, gain_C))
-    weight1_JK, weight2_JC = product_weights(features_PK, weight1_JK, weight2_CJ)
+    weight1_JK, weight2_JC = product_weights(features_PK, weight1_JK, weight2_CJ, precision)
     padded_J, BLOCK_C = weight2_JC.shape
     dy_PC = torch.empty_like(unit_PC)
     sums_S2C = rinv_P.new_empty(triton.cdiv(rows, NORM_SEGMENT), 2, BLOCK_C)
@@ -118,10 +118,9 @@ def _point_weight2_bwd_kernel(
     # dW2c^T = sum_p gelu(<W1c, F_p>) dy_p
     j = tl.program_id(0) * BLOCK_J
     begin, end = _segment(count_ptr, P, T, SEGMENT)
-    w1 = load_tile(weight1_ptr, j, BLOCK_J, WIDTH)
     dw2 = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
     dw2 = add_gelu_products(
-        dw2, w1, features_ptr, dy_ptr, begin, end, rows, WIDTH, BLOCK_C, PRECISION, BLOCK_P
+        dw2, weight1_ptr, j, features_ptr, dy_ptr, begin, end, rows, WIDTH, BLOCK_C, PRECISION, BLOCK_J, BLOCK_P
     )  # fmt: skip
     store_tile(sums_ptr, tl.program_id(1) * J + j, BLOCK_C, None, dw2)
 
@@ -147,8 +146,8 @@ def _point_weight1_bwd_kernel(
         dw1 = tl.dot(dx.to(f.dtype), f, dw1, input_precision=PRECISION)
         dx = dh * gelu_slope(x, PRECISION)
         ahead = tl.minimum(p + 2 * BLOCK_P, rows - BLOCK_P)
-        x = products(w1, features_ptr, ahead, BLOCK_P, WIDTH, PRECISION)
-        dh = products(w2, dy_ptr, ahead, BLOCK_P, BLOCK_C, PRECISION)
+        x = products(w1, weight1_ptr, j, features_ptr, ahead, BLOCK_J, BLOCK_P, WIDTH, PRECISION)
+        dh = products(w2, weight2_ptr, j, dy_ptr, ahead, BLOCK_J, BLOCK_P, BLOCK_C, PRECISION)
     store_tile(sums_ptr, tl.program_id(1) * J + j, WIDTH, None, dw1)
 
 

@@ -24,12 +24,27 @@ ROWS = 128
 # points of one partial sum
 SEGMENT = 4096
 
+# columns of a slice of a product without matrix units
+SLICE = tl.constexpr(16)
 MINUS_HALF_LOG2E = tl.constexpr(-0.7213475204444817)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 # (family, products) -> (points and hidden units of a tile, warps, stages) of the kernels.
 # Found by offline compilation: the largest tiles without spills. Between those only a GPU can tell.
-TILES = {("sm_90", k): ((128, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2)) for k in ("bf16", "tf32", "ieee")}
+TILES = {
+    ("sm_80", "bf16"): ((64, 16, 8, 3), (16, 128, 8, 3), (16, 128, 8, 3)),
+    ("sm_80", "tf32"): ((64, 16, 8, 2), (16, 64, 8, 2), (16, 32, 8, 2)),
+    ("sm_80", "ieee"): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_89", "bf16"): ((64, 16, 8, 3), (16, 64, 8, 3), (16, 64, 8, 3)),
+    ("sm_89", "tf32"): ((64, 16, 8, 2), (16, 64, 8, 2), (16, 32, 8, 2)),
+    ("sm_89", "ieee"): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_90", "bf16"): ((128, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2)),
+    ("sm_90", "tf32"): ((64, 16, 8, 2), (16, 64, 8, 2), (16, 64, 8, 2)),
+    ("sm_90", "ieee"): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_100", "bf16"): ((64, 32, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
+    ("sm_100", "tf32"): ((64, 16, 8, 2), (16, 64, 8, 2), (16, 64, 8, 2)),
+    ("sm_100", "ieee"): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+}
 KERNELS = ("forward", "weight2", "weight1")
 
 
@@ -41,30 +56,50 @@ def launch_options(kernel: str, tensor: torch.Tensor, precision: str) -> dict[st
     return options | {"PRECISION": "ieee" if precision == "ieee" else "tf32"}
 
 
+def hidden_block(tensor: torch.Tensor, precision: str) -> int:
+    """What the number of hidden units is padded to: whole blocks of every kernel."""
+    return max(launch_options(kernel, tensor, precision)["BLOCK_J"] for kernel in KERNELS)
+
+
 @triton.jit
 def add_gelu_products(
-    y, a, b_ptr, c_ptr, begin, end, rows,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    y, a_ptr, row, b_ptr, c_ptr, begin, end, rows,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y + sum_i gelu(<a, b_i>) c_i, i from begin to end in whole blocks, of b [rows, WIDTH] and c [rows, COLUMNS].
+    """y + sum_i gelu(<a, b_i>) c_i for BLOCK_A rows of a, the sum over rows of b and c from begin to end, in blocks.
 
     Skewed by a block, so that the matrix units have the sum of one while GELU of the next is computed.
     """
     last = rows - BLOCK
-    h = gelu(products(a, b_ptr, begin, BLOCK, WIDTH, PRECISION), PRECISION)
-    x = products(a, b_ptr, tl.minimum(begin + BLOCK, last), BLOCK, WIDTH, PRECISION)
+    a = load_tile(a_ptr, row, BLOCK_A, WIDTH)
+    h = gelu(products(a, a_ptr, row, b_ptr, begin, BLOCK_A, BLOCK, WIDTH, PRECISION), PRECISION)
+    second = tl.minimum(begin + BLOCK, last)
+    x = products(a, a_ptr, row, b_ptr, second, BLOCK_A, BLOCK, WIDTH, PRECISION)
     for i in tl.range(begin, end, BLOCK):
         # rounded here and not where it is made: so it goes from registers to the matrix units, without a wait
         y = tl.dot(h.to(a.dtype), load_tile(c_ptr, i, BLOCK, COLUMNS), y, input_precision=PRECISION)
         h = gelu(x, PRECISION)
-        x = products(a, b_ptr, tl.minimum(i + 2 * BLOCK, last), BLOCK, WIDTH, PRECISION)
+        ahead = tl.minimum(i + 2 * BLOCK, last)
+        x = products(a, a_ptr, row, b_ptr, ahead, BLOCK_A, BLOCK, WIDTH, PRECISION)
     return y
 
 
 @triton.jit
-def products(a, b_ptr, start, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T for a block of rows of b."""
-    return tl.dot(a, tl.trans(load_tile(b_ptr, start, BLOCK, WIDTH)), input_precision=PRECISION)
+def products(
+    a, a_ptr, row_a, b_ptr, row_b,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a b^T for a block of rows of b; `a` is the block at row_a of a_ptr."""
+    if PRECISION == "ieee":
+        # not on matrix units: a thread would hold whole rows in registers, so by slices of their columns
+        x = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+        for k in tl.range(0, WIDTH, SLICE, num_stages=1):
+            a_slice = tl.load(_tile_ptrs(a_ptr + k, row_a, BLOCK_A, SLICE, WIDTH))
+            b_slice = tl.load(_tile_ptrs(b_ptr + k, row_b, BLOCK_B, SLICE, WIDTH))
+            x = tl.dot(a_slice, tl.trans(b_slice), x, input_precision=PRECISION)
+        return x
+    else:
+        return tl.dot(a, tl.trans(load_tile(b_ptr, row_b, BLOCK_B, WIDTH)), input_precision=PRECISION)
 
 
 @triton.jit
@@ -103,13 +138,17 @@ def _phi_of_minus(a, PRECISION: tl.constexpr):
 @triton.jit
 def load_tile(ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows start .. start + ROWS of a dense matrix of COLUMNS columns."""
-    rows = tl.arange(0, ROWS).to(tl.int64)[:, None] * COLUMNS
-    return tl.load(ptr + tl.cast(start, tl.int64) * COLUMNS + (rows + tl.arange(0, COLUMNS)[None, :]))
+    return tl.load(_tile_ptrs(ptr, start, ROWS, COLUMNS, COLUMNS))
 
 
 @triton.jit
-def store_tile(ptr, start, columns, keep, values):
-    """Store `values` in its dtype from row `start` of a dense matrix of `columns` columns, where kept."""
-    rows = tl.arange(0, values.shape[0]).to(tl.int64)[:, None] * columns
-    ptrs = ptr + tl.cast(start, tl.int64) * columns + (rows + tl.arange(0, values.shape[1])[None, :])
+def store_tile(ptr, start, stride, keep, values):
+    """Store `values` in its dtype from row `start` of a matrix, where kept."""
+    ptrs = _tile_ptrs(ptr, start, values.shape[0], values.shape[1], stride)
     tl.store(ptrs, values.to(ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _tile_ptrs(ptr, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, stride):
+    rows = tl.arange(0, ROWS).to(tl.int64)[:, None] * stride
+    return ptr + tl.cast(start, tl.int64) * stride + (rows + tl.arange(0, COLUMNS)[None, :])
