@@ -197,10 +197,9 @@ def _points(B: int, T: int, precision: str) -> None:
     shapes = classes | {"weight1": (J, K), "bias1": (J,), "weight2": (C, J), "bias2": (C,), "gain": (C,)}
     weights = {name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()}
     indices = [torch.zeros(B, T, dtype=torch.uint8) for _ in classes]
+    points = [torch.zeros(B, T, 3), *indices, torch.zeros(B, T, 2)]
     memory_BTC = point_embedding(
-        torch.zeros(B, T, 3),
-        *indices,
-        torch.zeros(B, T, 2),
+        *points,
         frequencies_F3=torch.zeros(F, 3),
         **weights,
         point_count_B=torch.full((B,), T, dtype=torch.int32),

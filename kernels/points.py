@@ -55,16 +55,15 @@ def point_embedding(
         frequencies_F3: cycles per unit of a coordinate.
         label_table, source_table, behind_table: [classes, width] each; together with the other features the classes
             must fit into 128 columns: 3 + 2 F + classes + votes + 1.
-        weight1, bias1: [J, K] and [J], K features in the order above.
-        weight2, bias2, gain: [C, J], [C] and [C]; the kernels take C to 256.
+        weight1, bias1, weight2, bias2, gain: [J, K], [J], [C, J], [C], [C]; the kernels take C to 256.
         point_count_B: integers in [0, T]: the first points of an item that count. On a GPU they are clamped. Points
             that do not count may hold anything, also NaN; None: every point counts.
         precision: of the products: "bf16" (sums in float32), or of float32 products on a GPU "tf32" or "ieee".
         impl: "auto", "eager" or "triton", see `kernels.dispatch`.
 
     Returns:
-        memory_BTC; 0, without gradients, for points that do not count. The kernels return bfloat16 with "bf16". The
-        eager form, there autocast of each layer, keeps the dtype of its norm: float32 at least.
+        memory_BTC; 0, without gradients, for points that do not count. With "bf16" it is bfloat16 from the kernels, and
+        float32 from the eager form, which is then autocast of each layer.
 
     Raises:
         ValueError: a shape, dtype, device, count or option outside of the above; a gradient of xyz, votes or
@@ -75,8 +74,7 @@ def point_embedding(
     Source: Tancik et al. 2020, Fourier Features; Hendrycks and Gimpel 2016, GELU; Zhang and Sennrich 2019, RMSNorm.
     """
     points = (xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2)
-    tables = (frequencies_F3, label_table, source_table, behind_table)
-    layers = (weight1, bias1, weight2, bias2, gain)
+    tables, layers = (frequencies_F3, label_table, source_table, behind_table), (weight1, bias1, weight2, bias2, gain)
     _check_points(*points, point_count_B)
     _check_weights(*tables, *layers, xyz_BT3, votes_BT2)
     if precision not in PRECISIONS:
@@ -84,13 +82,7 @@ def point_embedding(
     if resolve(impl, xyz_BT3.device) == "eager":
         return _eager(points, tables, layers, point_count_B, precision)
     _check_for_kernels(xyz_BT3, votes_BT2, tables, gain)
-    B, T, _ = xyz_BT3.shape
-    with torch.autocast(xyz_BT3.device.type, enabled=False):
-        classes = [len(table) for table in tables[1:]]
-        weight1_JK = _effective_weight1(*tables, weight1, bias1, votes=votes_BT2 is not None)
-        features_PK = _features(*points, frequencies_F3, point_count_B, classes, precision)
-        memory_PC, *_ = _forward(features_PK, weight1_JK, *layers[2:], point_count_B, B, T, precision)
-        return memory_PC.view(B, T, len(gain))
+    return _triton(points, tables, layers, point_count_B, precision)
 
 
 def point_embedding_reference(
@@ -134,6 +126,16 @@ def _eager(points, tables, layers, point_count_B, precision: str | None) -> torc
     with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
         memory_BTC = point_layers(features_BTK, *layers)
     return memory_BTC if absent_BT1 is None else memory_BTC.masked_fill(absent_BT1, 0)
+
+
+def _triton(points, tables, layers, point_count_B, precision: str) -> torch.Tensor:
+    (B, T, _), (weight1, bias1, *others) = points[0].shape, layers
+    with torch.autocast(points[0].device.type, enabled=False):
+        classes = [len(table) for table in tables[1:]]
+        weight1_JK = _effective_weight1(*tables, weight1, bias1, votes=points[4] is not None)
+        features_PK = _features(*points, tables[0], point_count_B, classes, precision)
+        memory_PC, *_ = _forward(features_PK, weight1_JK, *others, point_count_B, B, T, precision)
+        return memory_PC.view(B, T, len(others[-1]))
 
 
 def _effective_weight1(frequencies_F3, label_table, source_table, behind_table, weight1, bias1, *, votes: bool):

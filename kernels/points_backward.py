@@ -29,7 +29,7 @@ from kernels.points_tile import (
 )
 from kernels.reduce import sum_segments
 
-NORM_SEGMENT, NORM_ROWS = 512, 16
+NORM_SEGMENT, NORM_ROWS = 512, 8
 
 
 def point_layers_backward(
@@ -47,7 +47,8 @@ def point_layers_backward(
     """Return the gradients of weight1 [J, 128], weight2, bias2 and gain in float32."""
     (C, J), P, rows = weight2_CJ.shape, len(dmemory_PC), len(features_PK)
     if not P:
-        return tuple(torch.zeros_like(x) for x in (weight1_JK, weight2_CJ, gain_C, gain_C))
+        zeros = torch.zeros_like
+        return zeros(weight1_JK), zeros(weight2_CJ), zeros(gain_C), zeros(gain_C)
     weight1_JK, weight2_JC = product_weights(features_PK, weight1_JK, weight2_CJ, precision)
     padded_J, BLOCK_C = weight2_JC.shape
     dy_PC = torch.empty_like(unit_PC)

@@ -81,7 +81,7 @@ def product_weights(features_PK: Tensor, weight1_JK: Tensor, weight2_CJ: Tensor,
 
 def whole_block(C: int) -> int:
     """Channels of a tile: a power of two, and enough for a product."""
-    return max(16, triton.next_power_of_2(C))
+    return 1 << max(4, (C - 1).bit_length())
 
 
 @triton.jit(do_not_specialize=["P", "T"])

@@ -155,15 +155,11 @@ class Perceiver(nn.Module):
             return self._heads(x_BNC.to(torch.promote_types(x_BNC.dtype, torch.float32)))
 
     def _memory(self, batch: SceneBatch, impl: str) -> torch.Tensor:
-        linear1, _, linear2, norm = self.segmenter.input_proj
+        names = ("weight1", "bias1", "weight2", "bias2", "gain")
         return point_embedding(
             *self.tokenizer.points(batch),
             **self.tokenizer.tables(),
-            weight1=linear1.weight,
-            bias1=linear1.bias,
-            weight2=linear2.weight,
-            bias2=linear2.bias,
-            gain=norm.weight,
+            **dict(zip(names, self.segmenter.input_proj.parameters(), strict=True)),
             point_count_B=batch.point_count_B,
             precision=_product_precision(batch.xyz_BT3.device),
             impl=impl,

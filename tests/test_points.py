@@ -11,7 +11,6 @@ from kernels.points import point_embedding, point_embedding_reference
 from kernels.points_eager import point_features
 from kernels.points_forward import point_features_triton, point_layers_forward
 from kernels.points_tile import gelu, gelu_slope
-from kernels.reduce import sum_segments
 from perceiver.model import Perceiver, PerceiverConfig
 from tests.accuracy import assert_accurate
 from tests.small_models import SMALL, small_batch, stirred
@@ -62,8 +61,8 @@ def same_bits(left, right):
     "sizes, counts",
     [
         ({"T": 50}, [50, 17]),
-        ({"T": 129, "B": 1, "votes": False}, None),
-        ({"T": 33, "J": 150, "C": 16, "F": 5}, [0, 33]),
+        ({"T": 40, "B": 1, "votes": False}, None),
+        ({"T": 20, "J": 30, "C": 16, "F": 5}, [0, 20]),
     ],
     ids=["ragged", "without votes", "another width"],
 )
@@ -136,17 +135,9 @@ def test_gelu_is_the_exact_one_and_so_is_its_slope(device):
             assert error[-1].isnan()
 
 
-def test_segments_are_added_within_float32_rounding_and_repeat(device):
-    partial = torch.randn(37, 3, 70, generator=torch.Generator().manual_seed(0))
-    first, second = (sum_segments(partial.to(device)) for _ in range(2))
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first.cpu(), partial.double().sum(0).float(), rtol=1e-6, atol=2e-6)
-    assert not sum_segments(partial[:0].to(device)).any()
-
-
 def test_gradients_over_several_segments_are_those_of_float64(monkeypatch, device):
-    monkeypatch.setattr(points_backward, "SEGMENT", 128)
-    tensors, counts = problem(B=3, T=130, J=16, C=16, F=1), torch.tensor([100, 130, 3])
+    monkeypatch.setattr(points_backward, "SEGMENT", 64)
+    tensors, counts = problem(B=2, T=80, J=16, C=16, F=1), torch.tensor([50, 80])
     truth = run(point_embedding_reference, tensors, dtype=torch.float64, point_count_B=counts)
     eager = run(point_embedding_reference, tensors, point_count_B=counts)
     found = run(point_embedding, tensors, device=device, precision="ieee", impl="triton", point_count_B=counts)
@@ -211,9 +202,7 @@ def test_bits_of_a_point_do_not_depend_on_the_batch_its_neighbours_or_padding(de
 @pytest.mark.parametrize("impl", FORMS)
 def test_a_call_repeats_bit_for_bit(impl, device):
     options = {"device": place(impl, device), "precision": "bf16", "impl": impl}
-    first, second = (
-        run(point_embedding, problem(T=140), point_count_B=torch.tensor([140, 9]), **options) for _ in "12"
-    )
+    first, second = (run(point_embedding, problem(), point_count_B=torch.tensor([50, 9]), **options) for _ in "12")
     assert same_bits(first, second)
 
 
@@ -262,14 +251,14 @@ def test_registration_passes_opcheck(device):
     points = [x.to(device) for x in points]
     weights = {name: x.to(device) for name, x in weights.items()}
     operators = torch.ops.ridgeline
-    arguments = (*points, weights["frequencies_F3"], counts, [13, 2, 29], "ieee")
+    arguments = (*points, weights["frequencies_F3"], counts, [13, 2, 29], "bf16")
     torch.library.opcheck(operators.point_features.default, arguments)
     layers = [operators.point_features(*arguments), torch.randn(16, 128, device=device)]
     layers += [weights[name] for name in ("weight2", "bias2", "gain")]
     differentiable = [layers[0], *(x.clone().requires_grad_() for x in layers[1:])]
-    torch.library.opcheck(operators.point_layers_forward.default, (*differentiable, counts, 2, 30, "ieee"))
-    memory, unit, rinv = operators.point_layers_forward(*layers, counts, 2, 30, "ieee")
-    backward = (memory, *layers[:3], layers[4], unit, rinv, counts, 30, "ieee")
+    torch.library.opcheck(operators.point_layers_forward.default, (*differentiable, counts, 2, 30, "bf16"))
+    memory, unit, rinv = operators.point_layers_forward(*layers, counts, 2, 30, "bf16")
+    backward = (memory, *layers[:3], layers[4], unit, rinv, counts, 30, "bf16")
     torch.library.opcheck(operators.point_layers_backward.default, backward)
 
 
