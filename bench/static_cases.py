@@ -244,4 +244,55 @@ def _gelu_cases() -> list[Case]:
     ]
 
 
-CASES = (*_sinkhorn_cases(), *_matching_cases(), *_attention_cases(), *_residual_cases(), *_gelu_cases())
+def _points(B: int, T: int, precision: str) -> None:
+    from kernels.points import point_embedding
+
+    J, C, F = 1024, 256, 32
+    classes = {"label_table": (13, 16), "source_table": (2, 2), "behind_table": (29, 8)}
+    K = 3 + 2 * F + sum(width for _, width in classes.values()) + 2
+    shapes = classes | {"weight1": (J, K), "bias1": (J,), "weight2": (C, J), "bias2": (C,), "gain": (C,)}
+    weights = {name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()}
+    indices = [torch.zeros(B, T, dtype=torch.uint8) for _ in classes]
+    points = [torch.zeros(B, T, 3), *indices, torch.zeros(B, T, 2)]
+    memory_BTC = point_embedding(
+        *points,
+        frequencies_F3=torch.zeros(F, 3),
+        **weights,
+        point_count_B=torch.full((B,), T, dtype=torch.int32),
+        precision=precision,
+        impl="triton",
+    )
+    torch.autograd.grad(memory_BTC, list(weights.values()), torch.zeros_like(memory_BTC))
+
+
+def _points_trips(launch: Launch) -> int:
+    match launch.kernel:
+        case "_point_layers_fwd_kernel":
+            return launch.constants["J"] // launch.constants["BLOCK_J"]
+        case "_point_weight1_bwd_kernel" | "_point_weight2_bwd_kernel":
+            return launch.constants["SEGMENT"] // launch.constants["BLOCK_P"]
+    return 1
+
+
+def _points_cases() -> list[Case]:
+    return [
+        Case(
+            operator="point_embedding",
+            name=f"64x4096 {precision}",
+            run=functools.partial(_points, 64, 4096, precision),
+            full=precision != "bf16",
+            trips=_points_trips,
+            main_loop={"matrix": 1} if precision != "ieee" else {},
+        )
+        for precision in ("bf16", "tf32", "ieee")
+    ]
+
+
+CASES = (
+    *_sinkhorn_cases(),
+    *_matching_cases(),
+    *_attention_cases(),
+    *_points_cases(),
+    *_residual_cases(),
+    *_gelu_cases(),
+)

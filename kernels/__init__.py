@@ -3,6 +3,7 @@
 from kernels.attention import gqa_attention, gqa_attention_reference
 from kernels.gelu import bias_gelu, bias_gelu_reference
 from kernels.matching import Match, match_segments, match_segments_reference
+from kernels.points import point_embedding, point_embedding_reference
 from kernels.residual import Residual, residual_norm, residual_norm_reference
 from kernels.sinkhorn import Transport, sinkhorn, sinkhorn_reference
 
@@ -16,6 +17,8 @@ __all__ = [
     "gqa_attention_reference",
     "match_segments",
     "match_segments_reference",
+    "point_embedding",
+    "point_embedding_reference",
     "residual_norm",
     "residual_norm_reference",
     "sinkhorn",

@@ -77,11 +77,11 @@ TILES = {
 def launch_options(kernel: str, q_BHTD: torch.Tensor, precision: str) -> dict[str, int]:
     """The block sizes, warps and stages of a launch. They decide its bits, so they are found by hand and kept here."""
     products = precision if q_BHTD.dtype == torch.float32 else "half"
-    launches = TILES[_family(q_BHTD), products, q_BHTD.shape[-1]]
+    launches = TILES[family(q_BHTD), products, q_BHTD.shape[-1]]
     return dict(zip(("BLOCK_T", "BLOCK_S", "num_warps", "num_stages"), launches[KERNELS.index(kernel)], strict=True))
 
 
-def _family(tensor: torch.Tensor) -> str:
+def family(tensor: torch.Tensor) -> str:
     """The architectures that share launches: by shared memory and matrix instructions."""
     if tensor.is_cuda:
         major, minor = torch.cuda.get_device_capability(tensor.device)

@@ -15,6 +15,7 @@ from torch import nn
 from kernels.attention import HEAD_WIDTHS
 from kernels.dispatch import resolve
 from kernels.philox import Place, named_normal, named_uniform
+from kernels.points import point_embedding
 from perceiver.blocks import DropoutKey, GroupedQueryAttention, Layer, RMSNorm, run_layers
 from perceiver.fused import fused_layers
 from perceiver.scene import SceneBatch
@@ -144,9 +145,7 @@ class Perceiver(nn.Module):
             Segments in float32; the order of the queries has no meaning.
         """
         s = self.segmenter
-        with torch.autocast(batch.xyz_BT3.device.type, enabled=False):
-            point_BTF = self.tokenizer(batch)
-        memory_BTC = s.input_proj(point_BTF)
+        memory_BTC = self._memory(batch, impl)
         run = fused_layers if resolve(impl, memory_BTC.device) == "triton" else run_layers
         latents, queries = s.latent_embed.weight, s.query_embed.weight
         x_BLC = run(s.latent_layers, latents, memory_BTC, key_count_B=batch.point_count_B, drop=drop, as_memory=True)
@@ -154,6 +153,17 @@ class Perceiver(nn.Module):
         # millimetres on a 10 m roof need more than bf16
         with torch.autocast(x_BNC.device.type, enabled=False):
             return self._heads(x_BNC.to(torch.promote_types(x_BNC.dtype, torch.float32)))
+
+    def _memory(self, batch: SceneBatch, impl: str) -> torch.Tensor:
+        names = ("weight1", "bias1", "weight2", "bias2", "gain")
+        return point_embedding(
+            *self.tokenizer.points(batch),
+            **self.tokenizer.tables(),
+            **dict(zip(names, self.segmenter.input_proj.parameters(), strict=True)),
+            point_count_B=batch.point_count_B,
+            precision=_product_precision(batch.xyz_BT3.device),
+            impl=impl,
+        )
 
     def _heads(self, x_BNC: torch.Tensor) -> Segments:
         r_BN7 = self.segmenter.segment_head(x_BNC)
@@ -165,6 +175,15 @@ class Perceiver(nn.Module):
             len_BN=0.1 * nn.functional.softplus(r_BN7[..., 6]),
             conf_BN=self.segmenter.conf_head(x_BNC)[..., 0],
         )
+
+
+def _product_precision(device: torch.device) -> str:
+    """How matrix products are computed here: what autocast and the TF32 switch say."""
+    if not torch.is_autocast_enabled(device.type):
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if torch.get_autocast_dtype(device.type) != torch.bfloat16:
+        raise ValueError(f"autocast must be to bfloat16, got {torch.get_autocast_dtype(device.type)}")
+    return "bf16"
 
 
 @torch.no_grad()

@@ -6,11 +6,10 @@ B [32, 3] is drawn once as N(0, 1) * scale from a CPU generator seeded 0 and kep
 Features Let Networks Learn High Frequency Functions, 2020).
 """
 
-import math
-
 import torch
 from torch import nn
 
+from kernels.points_eager import point_features
 from perceiver.scene import BEHIND_CLASSES, POINT_CLASSES, SceneBatch
 
 FREQUENCIES = 32
@@ -18,7 +17,7 @@ LABEL_WIDTH, SOURCE_WIDTH = 16, 2
 
 
 class FourierFeatures(nn.Module):
-    """sin and cos of random projections of the coordinates."""
+    """The random projections of the coordinates whose sin and cos are features."""
 
     B: torch.Tensor
 
@@ -31,12 +30,6 @@ class FourierFeatures(nn.Module):
         """Fill B; the published constant for scale 10."""
         generator = torch.Generator().manual_seed(0)
         self.B.copy_(torch.randn(FREQUENCIES, 3, generator=generator) * self.scale)
-
-    def forward(self, xyz_BT3: torch.Tensor) -> torch.Tensor:
-        # sums of products, not a matrix product: at 10 cycles a unit, TF32 or bf16 would lose the phase
-        x_BT1, y_BT1, z_BT1 = xyz_BT3.split(1, dim=-1)
-        phase_BTF = 2 * math.pi * (x_BT1 * self.B[:, 0] + y_BT1 * self.B[:, 1] + z_BT1 * self.B[:, 2])
-        return torch.cat([phase_BTF.sin(), phase_BTF.cos()], dim=-1)
 
 
 class PointTokenizer(nn.Module):
@@ -52,19 +45,18 @@ class PointTokenizer(nn.Module):
         self.width = 3 + 2 * FREQUENCIES + LABEL_WIDTH + SOURCE_WIDTH + behind_width + 2 * vote_features
 
     def forward(self, batch: SceneBatch) -> torch.Tensor:
-        parts = [
-            batch.xyz_BT3,
-            self.pos_enc(batch.xyz_BT3),
-            _rows_of(self.label_emb.weight, batch.class_id_BT),
-            _rows_of(self.src_emb.weight, batch.source_BT),
-            _rows_of(self.behind_emb.weight, batch.behind_BT),
-        ]
-        if self.vote_features:
-            parts.append(batch.votes_BT2)
-        return torch.cat(parts, dim=-1)
+        return point_features(*self.points(batch), **self.tables())
 
+    def points(self, batch: SceneBatch) -> tuple[torch.Tensor, ...]:
+        """What `kernels.point_embedding` takes of a batch."""
+        points = (batch.xyz_BT3, batch.class_id_BT, batch.source_BT, batch.behind_BT)
+        return (*points, batch.votes_BT2) if self.vote_features else points
 
-def _rows_of(table_KC: torch.Tensor, index_BT: torch.Tensor) -> torch.Tensor:
-    """Look rows up by a one-hot product: its gradient is a matrix product, where an index would scatter."""
-    classes = torch.arange(len(table_KC), device=index_BT.device, dtype=index_BT.dtype)
-    return (index_BT[..., None] == classes).to(table_KC.dtype) @ table_KC
+    def tables(self) -> dict[str, torch.Tensor]:
+        """What `kernels.point_embedding` takes of the tokenizer."""
+        return {
+            "frequencies_F3": self.pos_enc.B,
+            "label_table": self.label_emb.weight,
+            "source_table": self.src_emb.weight,
+            "behind_table": self.behind_emb.weight,
+        }

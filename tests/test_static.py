@@ -69,7 +69,8 @@ def test_an_unknown_operator_is_refused_by_name(monkeypatch, capsys):
     for name in ("KERNELS_OFFLINE", "TRITON_DISABLE_LINE_INFO"):
         monkeypatch.setenv(name, "1")
     assert main(["sinkhron"]) == 2
-    assert "operators must be among gqa_attention, match_segments, sinkhorn, got sinkhron" in capsys.readouterr().err
+    known = "gqa_attention, match_segments, point_embedding, sinkhorn"
+    assert f"operators must be among {known}, got sinkhron" in capsys.readouterr().err
 
 
 ROW = {

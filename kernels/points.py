@@ -1,0 +1,310 @@
+"""Points of a labelled cloud to the rows a Perceiver reads: features, Linear, GELU, Linear, RMSNorm.
+
+    memory = RMSNorm(W2 GELU(W1 [xyz | sin p | cos p | label | source | behind | votes] + b1) + b2) gain,
+    p = 2 pi xyz frequencies^T,  RMSNorm(y) = y / sqrt(mean y^2 + eps), eps of float32
+
+The kernels never hold the hidden layer, and no gradient is scattered: a table's row times its columns of W1 is a column
+of an effective first weight [J, 128] that meets one-hot features, b1 the column that meets a constant 1. That weight is
+made of a few differentiable products in float32, so that W1, b1 and the tables have their gradients from its gradient.
+
+Shapes in names: B items, T points, P = B T points of all items, F frequencies, K columns of features, J hidden units,
+C channels.
+"""
+
+import torch
+
+from kernels.dispatch import resolve, values_are_readable
+from kernels.points_backward import point_layers_backward
+from kernels.points_eager import point_features, point_layers
+from kernels.points_forward import empty_outputs, point_features_triton, point_layers_forward
+from kernels.points_tile import ROWS, WIDTH
+
+PRECISIONS = ("bf16", "tf32", "ieee")
+MAX_CHANNELS = 256
+
+
+def point_embedding(
+    xyz_BT3: torch.Tensor,
+    class_id_BT: torch.Tensor,
+    source_BT: torch.Tensor,
+    behind_BT: torch.Tensor,
+    votes_BT2: torch.Tensor | None = None,
+    *,
+    frequencies_F3: torch.Tensor,
+    label_table: torch.Tensor,
+    source_table: torch.Tensor,
+    behind_table: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    gain: torch.Tensor,
+    point_count_B: torch.Tensor | None = None,
+    precision: str = "tf32",
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Embed labelled points.
+
+        RMSNorm(W2 GELU(W1 [xyz | sin p | cos p | label | source | behind | votes] + b1) + b2) gain,
+        p = 2 pi xyz frequencies^T
+
+    Args:
+        xyz_BT3: coordinates, float32, or float64 where the eager form runs; the dtype of all floating arguments.
+        class_id_BT, source_BT, behind_BT: integers, rows of the three tables; outside of a table a row is 0.
+        votes_BT2: two more features; None leaves them out.
+        frequencies_F3: cycles per unit of a coordinate.
+        label_table, source_table, behind_table: [classes, width] each; together with the other features the classes
+            must fit into 128 columns: 3 + 2 F + classes + votes + 1.
+        weight1, bias1, weight2, bias2, gain: [J, K], [J], [C, J], [C], [C]; the kernels take C to 256.
+        point_count_B: integers in [0, T]: the first points of an item that count. On a GPU they are clamped. Points
+            that do not count may hold anything, also NaN; None: every point counts.
+        precision: of the products: "bf16" (sums in float32), or of float32 products on a GPU "tf32" or "ieee".
+        impl: "auto", "eager" or "triton", see `kernels.dispatch`.
+
+    Returns:
+        memory_BTC; 0, without gradients, for points that do not count. With "bf16" it is bfloat16 from the kernels, and
+        float32 from the eager form, which is then autocast of each layer.
+
+    Raises:
+        ValueError: a shape, dtype, device, count or option outside of the above; a gradient of xyz, votes or
+            frequencies asked of the kernels, which have none.
+
+    Determinism: repeats bit for bit. Triton: a point's bits do not depend on the batch, its neighbours or padding;
+        gradients are sums over fixed segments of 4,096 points.
+    Source: Tancik et al. 2020, Fourier Features; Hendrycks and Gimpel 2016, GELU; Zhang and Sennrich 2019, RMSNorm.
+    """
+    points = (xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2)
+    tables, layers = (frequencies_F3, label_table, source_table, behind_table), (weight1, bias1, weight2, bias2, gain)
+    _check_points(*points, point_count_B)
+    _check_weights(*tables, *layers, xyz_BT3, votes_BT2)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if resolve(impl, xyz_BT3.device) == "eager":
+        return _eager(points, tables, layers, point_count_B, precision)
+    _check_for_kernels(xyz_BT3, votes_BT2, tables, gain)
+    return _triton(points, tables, layers, point_count_B, precision)
+
+
+def point_embedding_reference(
+    xyz_BT3: torch.Tensor,
+    class_id_BT: torch.Tensor,
+    source_BT: torch.Tensor,
+    behind_BT: torch.Tensor,
+    votes_BT2: torch.Tensor | None = None,
+    *,
+    frequencies_F3: torch.Tensor,
+    label_table: torch.Tensor,
+    source_table: torch.Tensor,
+    behind_table: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    gain: torch.Tensor,
+    point_count_B: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The meaning of `point_embedding`, in plain PyTorch; in float64 the truth."""
+    points = (xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2)
+    tables = (frequencies_F3, label_table, source_table, behind_table)
+    return _eager(points, tables, (weight1, bias1, weight2, bias2, gain), point_count_B, None)
+
+
+def _eager(points, tables, layers, point_count_B, precision: str | None) -> torch.Tensor:
+    xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2 = points
+    absent_BT1 = None
+    if point_count_B is not None:
+        T = xyz_BT3.shape[1]
+        absent_BT1 = (torch.arange(T, device=xyz_BT3.device) >= point_count_B[:, None]).unsqueeze(-1)
+        xyz_BT3 = xyz_BT3.masked_fill(absent_BT1, 0)
+        votes_BT2 = None if votes_BT2 is None else votes_BT2.masked_fill(absent_BT1, 0)
+    names = ("frequencies_F3", "label_table", "source_table", "behind_table")
+    device = xyz_BT3.device.type
+    with torch.autocast(device, enabled=False):
+        features_BTK = point_features(
+            xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2, **dict(zip(names, tables, strict=True))
+        )
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        memory_BTC = point_layers(features_BTK, *layers)
+    return memory_BTC if absent_BT1 is None else memory_BTC.masked_fill(absent_BT1, 0)
+
+
+def _triton(points, tables, layers, point_count_B, precision: str) -> torch.Tensor:
+    (B, T, _), (weight1, bias1, *others) = points[0].shape, layers
+    with torch.autocast(points[0].device.type, enabled=False):
+        classes = [len(table) for table in tables[1:]]
+        weight1_JK = _effective_weight1(*tables, weight1, bias1, votes=points[4] is not None)
+        features_PK = _features(*points, tables[0], point_count_B, classes, precision)
+        memory_PC, *_ = _forward(features_PK, weight1_JK, *others, point_count_B, B, T, precision)
+        return memory_PC.view(B, T, len(others[-1]))
+
+
+def _effective_weight1(frequencies_F3, label_table, source_table, behind_table, weight1, bias1, *, votes: bool):
+    """[J, 128] for the columns of `kernels.points_forward`: a table's rows times its columns of weight1; bias1 last."""
+    tables = (label_table, source_table, behind_table)
+    widths = [3, 2 * len(frequencies_F3), *(table.shape[1] for table in tables), 2 * votes]
+    xyz, waves, *embedded, vote_columns = weight1.split(widths, dim=1)
+    columns = [waves, xyz, *(part @ table.T for part, table in zip(embedded, tables, strict=True)), vote_columns]
+    used = sum(part.shape[1] for part in columns)
+    return torch.cat([*columns, weight1.new_zeros(len(weight1), WIDTH - 1 - used), bias1[:, None]], dim=1)
+
+
+@torch.library.custom_op("ridgeline::point_features", mutates_args=())
+def _features(
+    xyz_BT3: torch.Tensor,
+    class_id_BT: torch.Tensor,
+    source_BT: torch.Tensor,
+    behind_BT: torch.Tensor,
+    votes_BT2: torch.Tensor | None,
+    frequencies_F3: torch.Tensor,
+    point_count_B: torch.Tensor | None,
+    classes: list[int],
+    precision: str,
+) -> torch.Tensor:
+    """The columns of all points, [P, 128] and rows of zeros to a whole block."""
+    points, dtype = (xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2), _product_dtype(precision)
+    return point_features_triton(*points, frequencies_F3, point_count_B, classes, dtype)
+
+
+@_features.register_fake
+def _(xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2, frequencies_F3, point_count_B, classes, precision):
+    B, T, _ = xyz_BT3.shape
+    return xyz_BT3.new_empty(-(-B * T // ROWS) * ROWS, WIDTH, dtype=_product_dtype(precision))
+
+
+@torch.library.custom_op("ridgeline::point_layers_forward", mutates_args=())
+def _forward(
+    features_PK: torch.Tensor,
+    weight1_JK: torch.Tensor,
+    weight2_CJ: torch.Tensor,
+    bias2_C: torch.Tensor,
+    gain_C: torch.Tensor,
+    point_count_B: torch.Tensor | None,
+    items: int,
+    points_each: int,
+    precision: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """memory_PC, and what the backward needs: rows normalised but without the gain, inverse norms."""
+    points = items * points_each
+    return point_layers_forward(features_PK, weight1_JK, weight2_CJ, bias2_C, gain_C, points, precision)
+
+
+@_forward.register_fake
+def _(features_PK, weight1_JK, weight2_CJ, bias2_C, gain_C, point_count_B, items, points_each, precision):
+    return empty_outputs(features_PK, gain_C, items * points_each)
+
+
+@torch.library.custom_op("ridgeline::point_layers_backward", mutates_args=())
+def _backward(
+    dmemory_PC: torch.Tensor,
+    features_PK: torch.Tensor,
+    weight1_JK: torch.Tensor,
+    weight2_CJ: torch.Tensor,
+    gain_C: torch.Tensor,
+    unit_PC: torch.Tensor,
+    rinv_P: torch.Tensor,
+    point_count_B: torch.Tensor | None,
+    points_each: int,
+    precision: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of weight1_JK, weight2_CJ, bias2_C and gain_C."""
+    return point_layers_backward(
+        dmemory_PC, features_PK, weight1_JK, weight2_CJ, gain_C, unit_PC, rinv_P, point_count_B, points_each, precision
+    )
+
+
+@_backward.register_fake
+def _(dmemory_PC, features_PK, weight1_JK, weight2_CJ, gain_C, *rest):
+    return tuple(torch.empty_like(x) for x in (weight1_JK, weight2_CJ, gain_C, gain_C))
+
+
+def _setup_context(ctx, inputs, output):
+    features_PK, weight1_JK, weight2_CJ, _, gain_C, point_count_B, _, ctx.points_each, ctx.precision = inputs
+    ctx.save_for_backward(features_PK, weight1_JK, weight2_CJ, gain_C, *output[1:], point_count_B)
+
+
+def _gradients(ctx, dmemory_PC, *_):
+    gradients = _backward(dmemory_PC, *ctx.saved_tensors, ctx.points_each, ctx.precision)
+    return (None, *gradients, *[None] * 4)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _product_dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _check_points(xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2, point_count_B) -> None:
+    """Refuse points that do not fit each other, and counts out of range where values may be read."""
+    if xyz_BT3.dim() != 3 or xyz_BT3.shape[2] != 3:
+        raise ValueError(f"xyz must be [B, T, 3], got shape {tuple(xyz_BT3.shape)}")
+    B, T, _ = xyz_BT3.shape
+    if xyz_BT3.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"xyz must be float32 or float64, got {xyz_BT3.dtype}")
+    for name, index_BT in (("class_id", class_id_BT), ("source", source_BT), ("behind", behind_BT)):
+        integer = not index_BT.is_floating_point() and index_BT.dtype != torch.bool
+        if index_BT.shape != (B, T) or not integer:
+            raise ValueError(
+                f"{name} must be [{B}, {T}] of integers, got shape {tuple(index_BT.shape)}, {index_BT.dtype}"
+            )
+    if votes_BT2 is not None and (votes_BT2.shape != (B, T, 2) or not votes_BT2.is_floating_point()):
+        raise ValueError(
+            f"votes must be [{B}, {T}, 2] and floating point, got shape {tuple(votes_BT2.shape)}, {votes_BT2.dtype}"
+        )
+    if point_count_B is not None:
+        if point_count_B.shape != (B,) or point_count_B.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"point_count must be [{B}] of int32 or int64, got shape {tuple(point_count_B.shape)}, "
+                f"{point_count_B.dtype}"
+            )
+        if B and values_are_readable(point_count_B):
+            low, high = (int(value) for value in point_count_B.aminmax())
+            if low < 0 or high > T:
+                raise ValueError(f"point_count must be in [0, {T}], got {low} to {high}")
+
+
+def _check_weights(
+    frequencies_F3, label_table, source_table, behind_table, weight1, bias1, weight2, bias2, gain, xyz_BT3, votes_BT2
+) -> None:
+    """Refuse weights that do not fit each other or the points."""
+    if frequencies_F3.dim() != 2 or frequencies_F3.shape[1] != 3:
+        raise ValueError(f"frequencies must be [F, 3], got shape {tuple(frequencies_F3.shape)}")
+    tables = {"label_table": label_table, "source_table": source_table, "behind_table": behind_table}
+    for name, table in tables.items():
+        if table.dim() != 2 or not len(table):
+            raise ValueError(f"{name} must be [classes, width] with a class at least, got shape {tuple(table.shape)}")
+    votes = 0 if votes_BT2 is None else 2
+    K = 3 + 2 * len(frequencies_F3) + sum(table.shape[1] for table in tables.values()) + votes
+    J, C = len(bias1), len(gain)
+    shapes = {
+        "weight1": (weight1, (J, K)),
+        "bias1": (bias1, (J,)),
+        "weight2": (weight2, (C, J)),
+        "bias2": (bias2, (C,)),
+        "gain": (gain, (C,)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor.shape != shape or not tensor.numel():
+            raise ValueError(f"{name} must be {list(shape)} and not empty, got shape {tuple(tensor.shape)}")
+    floats = {"votes": votes_BT2, "frequencies": frequencies_F3, **tables}
+    for name, tensor in (floats | {name: tensor for name, (tensor, _) in shapes.items()}).items():
+        if tensor is not None and (tensor.dtype != xyz_BT3.dtype or tensor.device != xyz_BT3.device):
+            raise ValueError(
+                f"{name} must have the dtype and device of xyz, {xyz_BT3.dtype} on {xyz_BT3.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _check_for_kernels(xyz_BT3, votes_BT2, tables, gain_C) -> None:
+    """Refuse what the eager form takes and the kernels do not."""
+    if xyz_BT3.dtype == torch.float64:
+        raise ValueError("float64 must have impl='eager', got impl='triton'")
+    frequencies_F3, *embedded = tables
+    columns = 3 + 2 * len(frequencies_F3) + sum(map(len, embedded)) + (0 if votes_BT2 is None else 2) + 1
+    if columns > WIDTH:
+        raise ValueError(f"3 + 2 F + classes + votes + 1 must be at most {WIDTH} for the kernels, got {columns}")
+    if len(gain_C) > MAX_CHANNELS:
+        raise ValueError(f"gain must have at most {MAX_CHANNELS} channels for the kernels, got {len(gain_C)}")
+    for name, tensor in (("xyz", xyz_BT3), ("votes", votes_BT2), ("frequencies", frequencies_F3)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient of the kernels, got requires_grad=True")

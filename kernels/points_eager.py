@@ -1,0 +1,52 @@
+"""The eager form of `point_embedding`: a point's features side by side, then the layers, each by PyTorch itself."""
+
+import math
+
+import torch
+from torch.nn import functional
+
+
+def point_features(
+    xyz_BT3: torch.Tensor,
+    class_id_BT: torch.Tensor,
+    source_BT: torch.Tensor,
+    behind_BT: torch.Tensor,
+    votes_BT2: torch.Tensor | None = None,
+    *,
+    frequencies_F3: torch.Tensor,
+    label_table: torch.Tensor,
+    source_table: torch.Tensor,
+    behind_table: torch.Tensor,
+) -> torch.Tensor:
+    """Return [xyz 3 | sin p F, cos p F | label | source | behind | votes 2] with p = 2 pi xyz frequencies^T."""
+    parts = [
+        xyz_BT3,
+        _waves(xyz_BT3, frequencies_F3),
+        _rows_of(label_table, class_id_BT),
+        _rows_of(source_table, source_BT),
+        _rows_of(behind_table, behind_BT),
+    ]
+    if votes_BT2 is not None:
+        parts.append(votes_BT2)
+    return torch.cat(parts, dim=-1)
+
+
+def point_layers(features_BTK, weight1, bias1, weight2, bias2, gain) -> torch.Tensor:
+    """RMSNorm(W2 GELU(W1 features + b1) + b2) gain, the norm in float32 at least."""
+    hidden_BTJ = functional.gelu(functional.linear(features_BTK, weight1, bias1))
+    y_BTC = functional.linear(hidden_BTJ, weight2, bias2)
+    return functional.rms_norm(y_BTC.to(torch.promote_types(y_BTC.dtype, torch.float32)), gain.shape, gain)
+
+
+def _waves(xyz_BT3: torch.Tensor, frequencies_F3: torch.Tensor) -> torch.Tensor:
+    # sums of products, not a matrix product: at 10 cycles a unit, TF32 or bf16 would lose the phase
+    x_BT1, y_BT1, z_BT1 = xyz_BT3.split(1, dim=-1)
+    x_F, y_F, z_F = frequencies_F3.unbind(1)
+    phase_BTF = 2 * math.pi * (x_BT1 * x_F + y_BT1 * y_F + z_BT1 * z_F)
+    return torch.cat([phase_BTF.sin(), phase_BTF.cos()], dim=-1)
+
+
+def _rows_of(table_KC: torch.Tensor, index_BT: torch.Tensor) -> torch.Tensor:
+    """Look rows up by a one-hot product: its gradient is a matrix product, where an index would scatter."""
+    classes = torch.arange(len(table_KC), device=index_BT.device, dtype=index_BT.dtype)
+    return (index_BT[..., None] == classes).to(table_KC.dtype) @ table_KC
