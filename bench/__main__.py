@@ -1,4 +1,5 @@
 """python -m bench [SUITE ...] [--out FILE]     run benchmark suites and keep their numbers in a small file
+python -m bench report                       tables and charts of all committed results, into docs/
 python -m bench compare A B                  what became slower or faster from result file A to B (also --compare A B)
 
 A suite is a file bench/bench_<suite>.py. Each case checks its result before it is timed; a case whose check fails has
@@ -23,6 +24,10 @@ SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["report"]:
+        from bench.tables import main as report
+
+        return report(arguments[1:])
     if arguments[:1] in (["compare"], ["--compare"]):
         from bench.spread import main as compare
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import (
+    LONG_S,
     ON_GPU,
     Run,
     choose_rounds,
@@ -108,24 +109,24 @@ class Measure:
         if not error <= tolerance:
             self._keep({**notes, "red": f"relative error {error:.1e}, must be at most {tolerance:.0e}"})
             pytest.fail(self._node.user_properties[-1][1])
+        started = time.perf_counter()
         again = [x.detach().clone() for x in checked()]
+        if ON_GPU:
+            torch.cuda.synchronize()
+        call_s = time.perf_counter() - started
         notes |= {"error": f"{error:.1e}"} if truth else {}
         notes |= {"same_bits": same_bits(found, again)} if found else {}
         notes |= {"flops": flops} if flops else {}
         notes |= {"bytes": tensor_bytes([*inputs, *found])} if inputs else {}
-        self._time(run, notes)
+        self._time(run, call_s, notes)
 
-    def _time(self, run: Callable[[], object], notes: dict[str, Any]) -> None:
+    def _time(self, run: Callable[[], object], call_s: float, notes: dict[str, Any]) -> None:
         # asked for only now, because a fixture that is not used is an error and a red case uses none
         benchmark = self._request.getfixturevalue("benchmark")
-        timed, budget_s = synchronized(run), float(self._config.getoption("benchmark_max_time"))
-        timed()
-        started = time.perf_counter()
-        timed()
-        rounds = choose_rounds(time.perf_counter() - started, budget_s)
+        rounds = choose_rounds(call_s, float(self._config.getoption("benchmark_max_time")))
         benchmark.group = notes["group"]
         benchmark.extra_info.update(notes)
-        benchmark.pedantic(timed, rounds=rounds)
+        benchmark.pedantic(synchronized(run), rounds=rounds, warmup_rounds=int(call_s < LONG_S))
         if ON_GPU:
             on_device = _quartiles(device_seconds(run, rounds))
             notes |= {"device_median_s": on_device[0], "device_iqr_s": on_device[1]}

@@ -17,6 +17,7 @@ from torch import Tensor
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
+LONG_S, LONG_ROUNDS = 2.0, 3
 # larger than any L2 cache; clearing it takes long enough for the launches behind it to be queued
 _FLUSHED_BYTES = 512 << 20
 
@@ -48,7 +49,9 @@ def device_seconds(run: Callable[[], object], rounds: int) -> list[float]:
 
 
 def choose_rounds(call_s: float, budget_s: float) -> int:
-    """Return how many rounds of `call_s` fit into `budget_s`, from 5 to 50."""
+    """Return how many rounds of `call_s` fit into `budget_s`, from 5 to 50; for calls of seconds 3."""
+    if call_s > LONG_S:
+        return LONG_ROUNDS
     return int(min(max(budget_s / max(call_s, 1e-9), LEAST_ROUNDS), MOST_ROUNDS))
 
 

@@ -42,10 +42,11 @@ def compare(before: Results, after: Results) -> Iterator[Change]:
             continue
         now = numbers.get(key(case))
         ours, name = case["peer"].startswith(OURS.name), f"{case['group']}: {case['peer']}"
-        yield Change(name, ours, _judge(case, now), case, now)
+        yield Change(name, ours, judge(case, now), case, now)
 
 
-def _judge(before: Case, after: Case | None) -> str:
+def judge(before: Case, after: Case | None) -> str:
+    """Return noise, slower, faster or lost."""
     if after is None:
         return "lost"
     difference = after["median_s"] - before["median_s"]

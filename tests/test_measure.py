@@ -26,8 +26,8 @@ def test_bits_are_compared_not_values():
     assert not measure.same_bits([torch.tensor(1.0)], [torch.tensor([1.0])])
 
 
-def test_rounds_fill_the_budget_from_5_to_50():
-    assert [measure.choose_rounds(call_s, 1.0) for call_s in (1.0, 0.1, 1e-4, 0.0)] == [5, 10, 50, 50]
+def test_rounds_fill_the_budget_from_5_to_50_and_are_3_for_long_calls():
+    assert [measure.choose_rounds(call_s, 1.0) for call_s in (3.0, 1.0, 0.1, 1e-4, 0.0)] == [3, 5, 10, 50, 50]
 
 
 def test_peak_memory_is_what_a_call_held_at_once(device):
