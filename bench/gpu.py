@@ -22,6 +22,8 @@ from bench.gpu_targets import compare, format_table
 from bench.results import default_name, installed_versions
 
 ROOT = Path(__file__).resolve().parent.parent
+# what stands once in a result file; the rest of the machine stands with each suite
+HARDWARE = ("cpu", "cores", "gpu", "driver")
 # a part is told to end so long before it is made to
 _MARGIN_S = 5.0
 
@@ -58,7 +60,10 @@ def run_parts(parts: Mapping[str, Part], out: Path, name: str, machine: Mapping[
     Returns:
         How many of them were not green.
     """
-    saved, red, summary = 0.0, 0, Sheet(out / f"{name}.json", machine=machine, cases=[], parts={}, targets=[])
+    saved, red = 0.0, 0
+    hardware = {key: value for key, value in machine.items() if key in HARDWARE}
+    software = {key: value for key, value in machine.items() if key not in HARDWARE}
+    summary = Sheet(out / f"{name}.json", machine=hardware, suites={}, cases=[], parts={}, targets=[])
     for part_name, part in parts.items():
         started, bound = time.monotonic(), part.seconds * scale + saved
         file = out / f"{part_name}.json"
@@ -73,7 +78,7 @@ def run_parts(parts: Mapping[str, Part], out: Path, name: str, machine: Mapping[
         if ended.code not in (0, 1):
             print("\n".join(f"    {line[:160]}" for line in ended.tail.splitlines()[-6:]), flush=True)
         summary.content["parts"][part_name] = {"ended": how, "seconds": round(used, 1)}
-        _merge(summary, out)
+        _merge(summary, out, software)
     print(format_table(summary.content["targets"]))
     return red
 
@@ -87,12 +92,12 @@ def _run(command: Sequence[str], seconds: float) -> Ended:
     return Ended(code=None, tail="")
 
 
-def _merge(summary: Sheet, out: Path) -> None:
+def _merge(summary: Sheet, out: Path, software: Mapping[str, Any]) -> None:
     """Gather what the parts have written so far."""
     results = {name: json.loads(file.read_text()) for name in PARTS if (file := out / f"{name}.json").exists()}
     content = summary.content
     content["cases"] = [case for result in results.values() for case in result.get("cases", ())]
-    content["not_timed"] = {n: why for result in results.values() for n, why in result.get("not_timed", {}).items()}
+    content["suites"] = {case["suite"]: software for case in content["cases"]}
     content["checks"] = {
         "tests": results.get("tests", {}).get("counts"),
         "repeats": _repeats_in_short(results.get("repeats")),

@@ -143,7 +143,7 @@ def matching_rows(device: torch.device, items: int = 64) -> Iterator[tuple[Probl
     for plan_gradient, passes in (("detached", PASSES[0]), ("detached", PASSES[1]), ("exact", PASSES[0])):
         tensors = segment_inputs(items, device)
         leaves = [tensors[n] for n in ("mid_BN3", "dir_BN3", "len_BN")]
-        rest = [tensors["gt_BM23"], tensors["count_B"]]
+        rest = [tensors[n] for n in ("gt_BM23", "count_B", "dtransport_B", "dendpoint_B")]
         settings = MATCHING_SETTINGS | {"plan_gradient": plan_gradient}
 
         def finish(solve, leaves=leaves, rest=rest, plan_gradient=plan_gradient) -> list[Tensor]:
@@ -152,7 +152,7 @@ def matching_rows(device: torch.device, items: int = 64) -> Iterator[tuple[Probl
         def truth(leaves=leaves, rest=rest, settings=settings, passes=passes) -> list[Tensor]:
             exact = [x.detach().double().requires_grad_(passes != "forward") for x in leaves]
             reference = functools.partial(match_segments_reference, **settings)
-            return _losses_and_gradients(reference, exact, [rest[0].double(), rest[1]])
+            return _losses_and_gradients(reference, exact, [rest[0].double(), *rest[1:]])
 
         yield (
             Problem(
@@ -169,41 +169,43 @@ def matching_rows(device: torch.device, items: int = 64) -> Iterator[tuple[Probl
 
 
 def _losses_and_gradients(solve: Callable[..., Any], leaves: Sequence[Tensor], rest: Sequence[Tensor]) -> list[Tensor]:
-    transport_B, endpoint_B, matched_BN = solve(*leaves, *rest)[:3]
+    transport_B, endpoint_B, matched_BN = solve(*leaves, *rest[:2])[:3]
     values = [transport_B, endpoint_B, matched_BN]
     if not leaves[0].requires_grad:
         return values
-    loss = transport_B.mean() + 0.5 * endpoint_B.mean()
-    return [*(value.detach() for value in values), *torch.autograd.grad(loss, leaves)]
+    upstream = [weight_B.to(transport_B.dtype) for weight_B in rest[2:]]
+    gradients = torch.autograd.grad([transport_B, endpoint_B], leaves, upstream)
+    return [*(value.detach() for value in values), *gradients]
 
 
 SUITES = {"attention": attention_rows, "sinkhorn": sinkhorn_rows, "matching": matching_rows}
 
 
 def time_rows(rows: Iterator[tuple[Problem, list[Peer]]], sheet: Sheet, device: torch.device, seconds: float) -> None:
-    """Check and time every row, keeping the sheet up to date; what there is no time for is named."""
+    """Check and time every row, keeping the sheet up to date; a row without a time says why."""
     deadline = time.monotonic() + seconds
     pairs = [(problem, peer) for problem, peers in rows for peer in peers if not peer.graph]
     pairs.sort(key=lambda pair: (pair[1].name != OURS, pair[1].compiled))
     truths: dict[str, list[Tensor]] = {}
-    content = sheet.content
-    content |= {"cases": [], "not_timed": {}}
+    cases = sheet.content["cases"] = []
     for problem, peer in pairs:
-        name = f"{problem.group}: {peer.name}"
+        case = {"suite": problem.suite, "group": problem.group, "name": peer.name, "peer": peer.name, **problem.notes}
         if time.monotonic() > deadline:
-            content["not_timed"][name] = "no time was left"
+            cases.append({**case, "refused": "no time was left"})
             continue
         if problem.group not in truths:
             truths[problem.group] = [x.cpu() for x in problem.truth()]
         try:
-            content["cases"].append(_time_row(problem, peer, truths[problem.group], device))
+            case |= _time_row(problem, peer, truths[problem.group], device)
         except Exception as refusal:
-            content["not_timed"][name] = _root(refusal)
+            case["refused"] = _root(refusal)
+        cases.append(case)
         sheet.write()
     sheet.write()
 
 
 def _time_row(problem: Problem, peer: Peer, truth: list[Tensor], device: torch.device) -> dict[str, Any]:
+    """Return the time of a row, or under "red" why its result is wrong."""
     for leaf in problem.leaves:
         leaf.requires_grad_("backward" in problem.group)
     run = functools.partial(problem.finish, peer.solve)
@@ -212,14 +214,9 @@ def _time_row(problem: Problem, peer: Peer, truth: list[Tensor], device: torch.d
     first_call_s = time.perf_counter() - started
     error = max(_error(x, y) for x, y in zip(found, truth, strict=True))
     if not error <= problem.tolerance:
-        raise AssertionError(f"red: relative error {error:.1e}, must be at most {problem.tolerance:.0e}")
+        return {"red": f"relative error {error:.1e}, must be at most {problem.tolerance:.0e}"}
     return {
-        "suite": problem.suite,
-        "group": problem.group,
-        "name": peer.name,
-        "peer": peer.name,
         **measure(run, device),
-        **problem.notes,
         "error": f"{error:.1e}",
         "same_bits": _repeats_agree(run, found),
         "first_call_s": round(first_call_s, 2),
@@ -255,10 +252,9 @@ def main() -> int:
     device = torch.device("cuda")
     sheet = Sheet(options.out)
     time_rows(SUITES[options.suite](device), sheet, device, options.seconds)
-    cases, not_timed = sheet.content["cases"], sheet.content["not_timed"]
-    print(f"{len(cases)} rows timed, {len(not_timed)} not")
-    wrong = any(name.endswith(f": {OURS}") for name in not_timed)
-    return int(wrong or any(not case["same_bits"] for case in cases if case["peer"] == OURS))
+    cases = sheet.content["cases"]
+    print(f"{sum('median_s' in case for case in cases)} of {len(cases)} rows timed")
+    return int(not all(case.get("same_bits") for case in cases if case["peer"] == OURS))
 
 
 if __name__ == "__main__":

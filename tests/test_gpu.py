@@ -11,9 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_cases, gpu_process, gpu_repeats, gpu_targets, gpu_tests, gpu_tiles, gpu_train
+from bench import gpu, gpu_cases, gpu_process, gpu_repeats, gpu_speed, gpu_targets, gpu_tests, gpu_tiles, gpu_train
 from bench.gpu_cases import OperatorCase, attention_inputs, cases, item
 from bench.gpu_process import Ended, Sheet, Workers
+from bench.gpu_step_peers import PlainPerceiver, plain_loss
+from bench.peers import Peer
+from perceiver.loss import segment_loss
+from perceiver.model import Perceiver
+from perceiver.scene import SceneBatch
+from tests.small_models import SMALL, small_batch, stirred
+from train.config import load_recipe
 
 CPU = torch.device("cpu")
 
@@ -94,7 +101,7 @@ def test_a_part_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch, ca
 
 
 def test_time_that_a_part_does_not_use_is_the_next_ones(tmp_path, monkeypatch):
-    tell = "print(sys.argv[-1]); out.write_text(json.dumps({'cases': [{'told': float(sys.argv[-1])}]}))"
+    tell = "print(sys.argv[-1]); out.write_text(json.dumps({'cases': [{'suite': 's', 'told': float(sys.argv[-1])}]}))"
     parts = {n: gpu.Part(command=tuple(script(PART + tell)), seconds=10) for n in ("first", "second")}
     _, summary = run_planted(parts, tmp_path, monkeypatch, scale=2.0)
     first, second = (case["told"] for case in summary["cases"])
@@ -288,3 +295,73 @@ def test_cases_of_training_come_first_and_names_are_unique():
     assert trained == sorted(trained, reverse=True) and any(trained)
     names = [(case.operator, case.name) for case in gpu_cases.cases()]
     assert len(set(names)) == len(names)
+
+
+def doubled(peers: list[Peer], group: str = "planted, forward") -> tuple[gpu_speed.Problem, list[Peer]]:
+    x = torch.rand(3)
+    problem = gpu_speed.Problem(
+        suite="planted",
+        group=group,
+        leaves=[x],
+        finish=lambda solve: [solve(x)],
+        truth=lambda: [2 * x.double()],
+        tolerance=1e-5,
+    )
+    return problem, peers
+
+
+def refuse(_):
+    try:
+        raise KeyError("the cause")
+    except KeyError as cause:
+        raise RuntimeError("what it led to") from cause
+
+
+def test_only_right_results_have_a_time_and_every_row_says_why_not(tmp_path):
+    calls = iter(range(1000))
+    peers = [
+        Peer(name="compiled", solve=lambda x: x + x, compiled=True),
+        Peer(name="wrong", solve=lambda x: 2.01 * x),
+        Peer(name="not a number", solve=lambda x: x / 0),
+        Peer(name="moves", solve=lambda x: 2 * x + (3e-7 if next(calls) == 17 else 0.0)),
+        Peer(name="refuses", solve=refuse),
+        Peer(name="replayed", solve=lambda x: 2 * x, graph=True),
+        Peer(name="ridgeline", solve=lambda x: 2 * x),
+    ]
+    sheet = Sheet(tmp_path / "planted.json")
+    gpu_speed.time_rows(iter([doubled(peers)]), sheet, CPU, seconds=60)
+    rows = {case["name"]: case for case in json.loads(sheet.path.read_text())["cases"]}
+    assert list(rows) == ["ridgeline", "wrong", "not a number", "moves", "refuses", "compiled"]
+    assert rows["ridgeline"]["median_s"] > 0 and rows["ridgeline"]["same_bits"]
+    assert rows["moves"]["median_s"] > 0 and not rows["moves"]["same_bits"]
+    for name in ("wrong", "not a number"):
+        assert "median_s" not in rows[name] and "relative error" in rows[name]["red"]
+    assert "the cause" in rows["refuses"]["refused"]
+
+
+def test_rows_after_the_time_is_up_are_named(tmp_path):
+    sheet = Sheet(tmp_path / "planted.json")
+    gpu_speed.time_rows(iter([doubled([Peer(name="late", solve=lambda x: 2 * x)])]), sheet, CPU, seconds=-1)
+    assert [case["refused"] for case in json.loads(sheet.path.read_text())["cases"]] == ["no time was left"]
+
+
+def test_truth_in_blocks_of_items_is_the_truth_of_all(monkeypatch):
+    tensors = attention_inputs(5, CPU, T=4, S=9, D=16, dtype=torch.float32, limit="count")
+    whole = gpu_speed._attention_truth(tensors, "forward and backward")
+    monkeypatch.setattr(gpu_speed, "_TRUTH_ITEMS", 2)
+    for left, right in zip(gpu_speed._attention_truth(tensors, "forward and backward"), whole, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_the_plain_model_is_ours_without_its_kernels():
+    recipe = load_recipe("tiny")
+    stage = dataclasses.replace(recipe.stages[2], endpoint_weight=0.3)
+    model = stirred(Perceiver(SMALL)).double()
+    rows = SceneBatch(**{n: x.double() if x.is_floating_point() else x for n, x in vars(small_batch()).items()})
+    ours = model(rows, impl="eager")
+    plain = PlainPerceiver(model, rate=0.5).eval()(rows)
+    for name, found, expected in zip(ours._fields, plain, ours, strict=True):
+        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
+    truth = rows.gt_BM23, rows.gt_count_B
+    total = segment_loss(ours, *truth, recipe.loss, endpoint_weight=0.3, impl="eager").total
+    torch.testing.assert_close(plain_loss(recipe, stage)(*plain, *truth), total)
