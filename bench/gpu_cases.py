@@ -103,7 +103,7 @@ def _transport(tensors: Tensors, *, dustbin: bool = True, **options) -> Tensors:
     upstream = [tensors[name] for name in ("dplan_BNM", "drow_BN", "dcol_BM")][:count]
     gradients = torch.autograd.grad(list(plan[:count]), leaves, upstream)
     results = {name: x.detach() for name, x in plan._asdict().items()}
-    return results | dict(zip(("dcost_BNM", "ddustbin"), gradients, strict=False))
+    return {**results, **dict(zip(("dcost_BNM", "ddustbin"), gradients, strict=False))}
 
 
 def segment_inputs(items: int, device: torch.device, *, N: int = 64, M: int = 64) -> Tensors:
@@ -128,14 +128,13 @@ def segment_inputs(items: int, device: torch.device, *, N: int = 64, M: int = 64
 
 
 def _match(tensors: Tensors, **options) -> Tensors:
-    leaves = [tensors[name].detach().requires_grad_() for name in ("mid_BN3", "dir_BN3", "len_BN")]
-    match = match_segments(
-        *leaves, tensors["gt_BM23"], tensors["count_B"], iterations=ITERATIONS, impl="triton", **options
-    )
+    mid, dir_, length = (tensors[name].detach().requires_grad_() for name in ("mid_BN3", "dir_BN3", "len_BN"))
+    truth = tensors["gt_BM23"], tensors["count_B"]
+    match = match_segments(mid, dir_, length, *truth, iterations=ITERATIONS, impl="triton", **options)
     losses, upstream = [match.transport_B, match.endpoint_B], [tensors["dtransport_B"], tensors["dendpoint_B"]]
-    gradients = torch.autograd.grad(losses, leaves, upstream)
+    gradients = torch.autograd.grad(losses, [mid, dir_, length], upstream)
     results = {name: x.detach() for name, x in match._asdict().items()}
-    return results | dict(zip(("dmid_BN3", "ddir_BN3", "dlen_BN"), gradients, strict=True))
+    return {**results, **dict(zip(("dmid_BN3", "ddir_BN3", "dlen_BN"), gradients, strict=True))}
 
 
 def _attention_cases() -> list[OperatorCase]:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,14 @@ OURS = "ridgeline"
 # what a call gives is right up to this error, relative to the largest true value
 BF16_TOLERANCE, FP32_TOLERANCE = 3e-2, 1e-4
 # name -> (items, shape of the inputs)
-ATTENTION = {
+Shapes = Mapping[str, tuple[int, Mapping[str, Any]]]
+ATTENTION: Shapes = {
     "cross 256x2048": (32, {"T": 256, "S": 2048, "limit": "count"}),
     "cross 256x4096": (64, {"T": 256, "S": 4096, "limit": "count"}),
     "self 256x256": (32, {"T": 256, "S": 256}),
     "decoder 64x256": (32, {"T": 64, "S": 256}),
 }
-TRANSPORT = {"64x64": (64, {"N": 64, "M": 64}), "512x512": (8, {"N": 512, "M": 512})}
+TRANSPORT: Shapes = {"64x64": (64, {"N": 64, "M": 64}), "512x512": (8, {"N": 512, "M": 512})}
 MATCHING_SETTINGS = {"eps": EPS, "iterations": ITERATIONS, "cost_scale": 5.0, "dustbin": 0.3, "direction_weight": 0.3}
 TRANSPORT_SETTINGS = {"eps": EPS, "iterations": ITERATIONS, "dustbin": 1.5}
 
@@ -64,7 +65,7 @@ class Problem:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def attention_rows(device: torch.device, shapes=ATTENTION) -> Iterator[tuple[Problem, list[Peer]]]:
+def attention_rows(device: torch.device, shapes: Shapes = ATTENTION) -> Iterator[tuple[Problem, list[Peer]]]:
     """Attention in bfloat16 at the model's shapes."""
     ours = Peer(name=OURS, solve=lambda *x: gqa_attention(*x[:4], key_count_B=x[4]), package=None)
     for (name, (items, shape)), passes in itertools.product(shapes.items(), PASSES):
@@ -104,7 +105,7 @@ def _attention_truth(tensors: Tensors, passes: str) -> list[Tensor]:
     return [*(torch.cat(column) for column in columns[:4]), *(torch.stack(column).sum(0) for column in columns[4:])]
 
 
-def sinkhorn_rows(device: torch.device, shapes=TRANSPORT) -> Iterator[tuple[Problem, list[Peer]]]:
+def sinkhorn_rows(device: torch.device, shapes: Shapes = TRANSPORT) -> Iterator[tuple[Problem, list[Peer]]]:
     """The plan of ragged problems with a dustbin, and its exact gradient."""
 
     def solve(cost_BNM: Tensor, cols_B: Tensor) -> Tensor:

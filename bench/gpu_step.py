@@ -215,7 +215,7 @@ def profile(one_step: Callable[[], object]) -> dict[str, Any]:
         torch.cuda.synchronize()
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     for event in recorded.events() or ():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             totals[event.name][0] += event.time_range.elapsed_us() / 1e3 / PROFILED
             totals[event.name][1] += 1 / PROFILED
     longest = sorted(totals.items(), key=lambda pair: -pair[1][0])

@@ -5,13 +5,14 @@ Without dropout it gives the result of `perceiver.model.Perceiver`, which the st
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.peers import matching_peers
-from perceiver.blocks import AttentionBlock, FeedForwardBlock
+from perceiver.blocks import AttentionBlock, FeedForwardBlock, Layer
 from perceiver.model import Perceiver
 from perceiver.scene import SceneBatch
 from train.config import Recipe, StageConfig
@@ -30,14 +31,14 @@ class PlainPerceiver(nn.Module):
         with torch.autocast(batch.xyz_BT3.device.type, enabled=False):
             point_BTF = self.model.tokenizer(batch)
         first, _, second, norm = s.input_proj
-        memory_BTC = _rms_norm(norm, second(F.gelu(first(point_BTF))))
+        memory_BTC = _rms_norm(cast(nn.RMSNorm, norm), second(F.gelu(first(point_BTF))))
         valid_BT = torch.arange(batch.xyz_BT3.shape[1], device=memory_BTC.device) < batch.point_count_B[:, None]
         x_BLC = s.latent_embed.weight.expand(len(batch), -1, -1)
         for layer in s.latent_layers:
-            x_BLC = self._layer(layer, x_BLC, memory_BTC, valid_BT)
+            x_BLC = self._layer(cast(Layer, layer), x_BLC, memory_BTC, valid_BT)
         x_BNC = s.query_embed.weight.expand(len(batch), -1, -1)
         for layer in s.decoder_layers:
-            x_BNC = self._layer(layer, x_BNC, x_BLC, None)
+            x_BNC = self._layer(cast(Layer, layer), x_BNC, x_BLC, None)
         with torch.autocast(x_BNC.device.type, enabled=False):
             x_BNC = x_BNC.to(torch.promote_types(x_BNC.dtype, torch.float32))
             r_BN7 = s.segment_head(x_BNC)
@@ -45,7 +46,7 @@ class PlainPerceiver(nn.Module):
             length_BN = 0.1 * F.softplus(r_BN7[..., 6])
             return mid_BN3, F.normalize(r_BN7[..., 3:6], dim=-1), length_BN, s.conf_head(x_BNC)[..., 0]
 
-    def _layer(self, layer: nn.Module, x_BTC: Tensor, memory_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
+    def _layer(self, layer: Layer, x_BTC: Tensor, memory_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
         if layer.cross is not None:
             x_BTC = x_BTC + self._drop(_attend(layer.cross, x_BTC, memory_BSC, valid_BS))
         x_BTC = x_BTC + self._drop(_attend(layer.self_attn, x_BTC, x_BTC, None))

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -76,7 +76,7 @@ def catch(kernel: str, tile: Tile | None, tensors: Tensors) -> Caught:
     try:
         setattr(module, name, caught)
         if tile is not None:
-            attention_tile.TILES[key] = (*launches[:number], tile, *launches[number + 1 :])
+            attention_tile.TILES[key] = cast(Any, (*launches[:number], tile, *launches[number + 1 :]))
         leaves = [tensors[n].detach().requires_grad_() for n in ("q_BHTD", "k_BGSD", "v_BGSD", "log_scale_H")]
         o_BHTD = gqa_attention(*leaves, key_count_B=tensors.get("key_count_B"), impl="triton")
         torch.autograd.grad(o_BHTD, leaves, tensors["do_BHTD"])
