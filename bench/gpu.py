@@ -43,11 +43,12 @@ def _module(*names: str) -> tuple[str, ...]:
 
 # in the order in which they run
 PARTS = {
-    "tests": Part(command=_module("bench.gpu_tests"), seconds=140),
+    "tests": Part(command=_module("bench.gpu_tests"), seconds=130),
     "repeats": Part(command=_module("bench.gpu_repeats"), seconds=95),
-    "attention": Part(command=_module("bench.gpu_speed", "attention"), seconds=85),
-    "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn"), seconds=40),
-    "matching": Part(command=_module("bench.gpu_speed", "matching"), seconds=45),
+    "attention": Part(command=_module("bench.gpu_speed", "attention"), seconds=80),
+    "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn"), seconds=30),
+    "matching": Part(command=_module("bench.gpu_speed", "matching"), seconds=40),
+    "layers": Part(command=_module("bench.gpu_speed", "layers"), seconds=40),
     "step": Part(command=_module("bench.gpu_step"), seconds=125),
     "tiles": Part(command=_module("bench.gpu_tiles"), seconds=240, unasked=False),
     "train": Part(command=_module("bench.gpu_train"), seconds=240, unasked=False),

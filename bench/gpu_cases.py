@@ -1,7 +1,7 @@
-"""The calls that the GPU suites repeat and time: each operator at the model's shapes, forward and backward.
+"""The calls that the GPU suites repeat and time: operators at the model's shapes, forward and backward.
 
 Inputs and results are named by the repository's alphabet: a name with `_B` has the items first, one after the other.
-A new operator is one more line in `cases`.
+A new operator is one more line in `bench.gpu_repeats.cases`.
 """
 
 import functools
@@ -208,7 +208,6 @@ def _matching_cases() -> list[OperatorCase]:
     ]
 
 
-def cases() -> list[OperatorCase]:
-    """All configurations, those that training launches first."""
-    found = [*_attention_cases(), *_matching_cases(), *_sinkhorn_cases()]
-    return sorted(found, key=lambda case: not case.trained)
+def core_cases() -> list[OperatorCase]:
+    """The configurations of attention, matching and Sinkhorn."""
+    return [*_attention_cases(), *_matching_cases(), *_sinkhorn_cases()]

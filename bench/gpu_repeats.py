@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu_cases import OperatorCase, Tensors, cases, item
+from bench.gpu_cases import OperatorCase, Tensors, core_cases, item
+from bench.gpu_cases_layers import layer_cases
 from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note
 from train.determinism import CUBLAS_WORKSPACE
 from train.trace import digest
@@ -26,6 +27,11 @@ from train.trace import digest
 HASH_SEEDS = ("0", "1", "4242")
 _WORKERS = 8
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def cases() -> list[OperatorCase]:
+    """All configurations of all operators, those that training launches first."""
+    return sorted([*core_cases(), *layer_cases()], key=lambda case: not case.trained)
 
 
 class Load:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from bench.gpu_cases import EPS, ITERATIONS, Tensors, attention_inputs, segment_inputs, transport_inputs
+from bench.gpu_cases_layers import LAYERS as LAYER_WEIGHTS
+from bench.gpu_cases_layers import TABLES, embed_points, point_inputs
 from bench.gpu_clock import measure
 from bench.gpu_process import Sheet
 from bench.gpu_repeats import words
-from bench.peers import Peer, attention_peers, dustbin_peers, matching_peers
+from bench.peers import Peer, attention_peers, dustbin_peers, matching_peers, with_compile
 from kernels.attention import gqa_attention, gqa_attention_reference
 from kernels.matching import match_segments, match_segments_reference
 from kernels.sinkhorn import sinkhorn, sinkhorn_reference
@@ -31,7 +33,7 @@ BIT_REPEATS = 20
 _TRUTH_ITEMS = 8
 OURS = "ridgeline"
 # what a call gives is right up to this error, relative to the largest true value
-BF16_TOLERANCE, FP32_TOLERANCE = 3e-2, 1e-4
+BF16_TOLERANCE, FP32_TOLERANCE, POINTS_TOLERANCE = 3e-2, 1e-4, 5e-2
 # name -> (items, shape of the inputs)
 Shapes = Mapping[str, tuple[int, Mapping[str, Any]]]
 ATTENTION: Shapes = {
@@ -40,6 +42,8 @@ ATTENTION: Shapes = {
     "self 256x256": (32, {"T": 256, "S": 256}),
     "decoder 64x256": (32, {"T": 64, "S": 256}),
 }
+# name -> (items, points)
+LAYERS = {"32 x 2048": (32, 2048), "64 x 4096": (64, 4096)}
 TRANSPORT: Shapes = {"64x64": (64, {"N": 64, "M": 64}), "512x512": (8, {"N": 512, "M": 512})}
 MATCHING_SETTINGS = {"eps": EPS, "iterations": ITERATIONS, "cost_scale": 5.0, "dustbin": 0.3, "direction_weight": 0.3}
 TRANSPORT_SETTINGS = {"eps": EPS, "iterations": ITERATIONS, "dustbin": 1.5}
@@ -169,6 +173,54 @@ def matching_rows(device: torch.device, items: int = 64) -> Iterator[tuple[Probl
         )
 
 
+def layer_rows(
+    device: torch.device, sizes: Mapping[str, tuple[int, int]] = LAYERS
+) -> Iterator[tuple[Problem, list[Peer]]]:
+    """Points to rows in bfloat16, against PyTorch's layers under autocast, features included."""
+    for (name, (items, points)), passes in itertools.product(sizes.items(), PASSES):
+        tensors = point_inputs(items, device, T=points)
+        weights = {n: tensors[n] for n in (*TABLES, *LAYER_WEIGHTS)}
+
+        def finish(solve, tensors=tensors, weights=weights) -> list[Tensor]:
+            memory_BTC = solve(tensors, weights)
+            upstream = tensors["dmemory_BTC"].to(memory_BTC.dtype)
+            leaves = list(weights.values())
+            return [memory_BTC, *(torch.autograd.grad(memory_BTC, leaves, upstream) if leaves[0].requires_grad else ())]
+
+        yield (
+            Problem(
+                suite="layers",
+                group=f"point_embedding, {name}, {passes}",
+                leaves=list(weights.values()),
+                finish=finish,
+                truth=functools.partial(_embedding_truth, tensors, passes),
+                tolerance=POINTS_TOLERANCE,
+                notes={"items": items, "points": points, "dtype": "bfloat16"},
+            ),
+            _layer_peers(),
+        )
+
+
+def _layer_peers() -> list[Peer]:
+    ours = Peer(name=OURS, solve=functools.partial(embed_points, precision="bf16", impl="triton"), package=None)
+    eager = Peer(name="eager", solve=functools.partial(embed_points, precision="bf16", impl="eager"))
+    return [ours, eager, with_compile(eager)]
+
+
+def _embedding_truth(tensors: Tensors, passes: str) -> list[Tensor]:
+    """Rows and the gradients of weights in float64, a few items at a time."""
+    rows, sums = [], []
+    for first in range(0, len(tensors["xyz_BT3"]), _TRUTH_ITEMS):
+        part = {n: x[first : first + _TRUTH_ITEMS] if "_B" in n else x for n, x in tensors.items()}
+        part = {n: x.double() if x.is_floating_point() else x for n, x in part.items()}
+        weights = {n: part[n].detach().requires_grad_() for n in (*TABLES, *LAYER_WEIGHTS)}
+        memory_BTC = embed_points(part, weights, precision="ieee", impl="eager")
+        rows.append(memory_BTC.detach())
+        if passes != "forward":
+            sums.append(torch.autograd.grad(memory_BTC, list(weights.values()), part["dmemory_BTC"]))
+    return [torch.cat(rows), *(torch.stack(column).sum(0) for column in zip(*sums, strict=True))]
+
+
 def _losses_and_gradients(solve: Callable[..., Any], leaves: Sequence[Tensor], rest: Sequence[Tensor]) -> list[Tensor]:
     transport_B, endpoint_B, matched_BN = solve(*leaves, *rest[:2])[:3]
     values = [transport_B, endpoint_B, matched_BN]
@@ -179,7 +231,12 @@ def _losses_and_gradients(solve: Callable[..., Any], leaves: Sequence[Tensor], r
     return [*(value.detach() for value in values), *gradients]
 
 
-SUITES = {"attention": attention_rows, "sinkhorn": sinkhorn_rows, "matching": matching_rows}
+SUITES = {
+    "attention": attention_rows,
+    "sinkhorn": sinkhorn_rows,
+    "matching": matching_rows,
+    "layers": layer_rows,
+}
 
 
 def time_rows(rows: Iterator[tuple[Problem, list[Peer]]], sheet: Sheet, device: torch.device, seconds: float) -> None:
@@ -194,9 +251,9 @@ def time_rows(rows: Iterator[tuple[Problem, list[Peer]]], sheet: Sheet, device: 
         if time.monotonic() > deadline:
             cases.append({**case, "refused": "no time was left"})
             continue
-        if problem.group not in truths:
-            truths[problem.group] = [x.cpu() for x in problem.truth()]
         try:
+            if problem.group not in truths:
+                truths[problem.group] = [x.cpu() for x in problem.truth()]
             case |= _time_row(problem, peer, truths[problem.group], device)
         except Exception as refusal:
             case["refused"] = _root(refusal)

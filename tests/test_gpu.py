@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from bench import gpu, gpu_cases, gpu_process, gpu_repeats, gpu_speed, gpu_targets, gpu_tests, gpu_tiles, gpu_train
-from bench.gpu_cases import OperatorCase, attention_inputs, cases, item
+from bench.gpu_cases import OperatorCase, attention_inputs, item
 from bench.gpu_process import Ended, Sheet, Workers
+from bench.gpu_repeats import cases
 from bench.gpu_step_peers import PlainPerceiver, plain_loss
 from bench.peers import Peer
 from perceiver.loss import segment_loss
@@ -293,7 +294,7 @@ def test_the_short_recipe_has_all_stages_and_asks_for_no_score():
 def test_cases_of_training_come_first_and_names_are_unique():
     trained = [case.trained for case in cases()]
     assert trained == sorted(trained, reverse=True) and any(trained)
-    names = [(case.operator, case.name) for case in gpu_cases.cases()]
+    names = [(case.operator, case.name) for case in cases()]
     assert len(set(names)) == len(names)
 
 
