@@ -7,7 +7,6 @@ with the machine, all timed rows and the table of targets.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,8 @@ import torch
 
 from bench.gpu_process import Ended, Sheet, Workers
 from bench.gpu_targets import compare, format_table
-from bench.results import default_name, installed_versions
+from bench.results import default_name, installed_versions, merge
 
-ROOT = Path(__file__).resolve().parent.parent
-# what stands once in a result file; the rest of the machine stands with each suite
-HARDWARE = ("cpu", "cores", "gpu", "driver")
 # a part is told to end so long before it is made to
 _MARGIN_S = 5.0
 
@@ -62,9 +58,7 @@ def run_parts(parts: Mapping[str, Part], out: Path, name: str, machine: Mapping[
         How many of them were not green.
     """
     saved, red = 0.0, 0
-    hardware = {key: value for key, value in machine.items() if key in HARDWARE}
-    software = {key: value for key, value in machine.items() if key not in HARDWARE}
-    summary = Sheet(out / f"{name}.json", machine=hardware, suites={}, cases=[], parts={}, targets=[])
+    summary = Sheet(out / f"{name}.json", **merge(None, [], machine), parts={}, targets=[])
     for part_name, part in parts.items():
         started, bound = time.monotonic(), part.seconds * scale + saved
         file = out / f"{part_name}.json"
@@ -79,7 +73,7 @@ def run_parts(parts: Mapping[str, Part], out: Path, name: str, machine: Mapping[
         if ended.code not in (0, 1):
             print("\n".join(f"    {line[:160]}" for line in ended.tail.splitlines()[-6:]), flush=True)
         summary.content["parts"][part_name] = {"ended": how, "seconds": round(used, 1)}
-        _merge(summary, out, software)
+        _gather(summary, out, machine)
     print(format_table(summary.content["targets"]))
     return red
 
@@ -93,12 +87,11 @@ def _run(command: Sequence[str], seconds: float) -> Ended:
     return Ended(code=None, tail="")
 
 
-def _merge(summary: Sheet, out: Path, software: Mapping[str, Any]) -> None:
+def _gather(summary: Sheet, out: Path, machine: Mapping[str, Any]) -> None:
     """Gather what the parts have written so far."""
     results = {name: json.loads(file.read_text()) for name in PARTS if (file := out / f"{name}.json").exists()}
     content = summary.content
-    content["cases"] = [case for result in results.values() for case in result.get("cases", ())]
-    content["suites"] = {case["suite"]: software for case in content["cases"]}
+    content |= merge(None, [case for result in results.values() for case in result.get("cases", ())], machine)
     content["checks"] = {
         "tests": results.get("tests", {}).get("counts"),
         "repeats": _repeats_in_short(results.get("repeats")),
@@ -121,23 +114,6 @@ def _repeats_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """GPU, driver and versions that a number depends on; day and commit."""
-    answers = {
-        "commit": ["git", "-C", str(ROOT), "rev-parse", "HEAD"],
-        "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"],
-    }
-    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d")}
-    for name, command in answers.items():
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            found[name] = f"unknown: {type(error).__name__}"
-            continue
-        found[name] = answer.stdout.strip().partition("\n")[0] or "unknown"
-    return found | installed_versions()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts; 0 if all were green, 1 if not, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
@@ -153,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = {name: part for name, part in PARTS.items() if (name in options.only if options.only else part.unasked)}
     total = sum(part.seconds for part in parts.values())
     scale = options.seconds / total if options.seconds else 1.0
-    red = run_parts(parts, options.out, default_name(), describe_machine(), scale)
+    red = run_parts(parts, options.out, default_name(), installed_versions(), scale)
     print(f"results in {options.out}")
     return int(red > 0)
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from bench.measure import device_seconds
+
 ROUNDS = 15
 # a round is so long that the resolution of events (0.5 us) does not show
 _ROUND_S = 2e-3
 _MOST_REPLAYS = 200
-# larger than any L2 cache
-_FLUSHED_BYTES = 512 << 20
 
 
 def record(run: Callable[[], Sequence[torch.Tensor]]) -> torch.cuda.CUDAGraph:
@@ -59,7 +59,7 @@ def measure(run: Callable[[], Sequence[torch.Tensor]], device: torch.device) -> 
     replays = int(min(max(_ROUND_S / max(once, 1e-7), 1), _MOST_REPLAYS))
     notes = {"clock": clock, **_summary(_event_seconds(replay, replays, ROUNDS))}
     return notes | {
-        "cold_median_s": significant(statistics.median(_cold_seconds(replay))),
+        "cold_median_s": significant(statistics.median(device_seconds(replay, ROUNDS))),
         "wall_median_s": significant(statistics.median(wall)),
     }
 
@@ -73,18 +73,6 @@ def _event_seconds(replay: Callable[[], object], replays: int, rounds: int) -> l
         end.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) / 1e3 / replays for begin, end in events]
-
-
-def _cold_seconds(replay: Callable[[], object]) -> list[float]:
-    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device="cuda")
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(ROUNDS)]
-    for begin, end in events:
-        flushed.zero_()
-        begin.record()
-        replay()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) / 1e3 for begin, end in events]
 
 
 def _wall_seconds(run: Callable[[], object], device: torch.device) -> list[float]:

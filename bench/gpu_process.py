@@ -13,13 +13,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 # names the file to which a worker appends its lines
 LINES = "RIDGELINE_LINES"
 _TAIL_BYTES, _GRACE_S, _POLL_S = 2000, 5.0, 0.1
 
 Line = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,30 @@ def note(**line: Any) -> None:
         return
     with open(os.environ[LINES], "a") as file:
         file.write(text + "\n")
+
+
+def side_by_side(
+    commands: Mapping[str, Sequence[str]],
+    *,
+    seconds: float,
+    at_once: int,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Run commands whose lines nobody needs; return what went wrong, by name."""
+    wrong = {}
+    with Workers(seconds=seconds, at_once=at_once) as workers:
+        for name, command in commands.items():
+            workers.start(name, command, environment)
+        for name, heard in workers:
+            if isinstance(heard, Ended) and heard.code != 0:
+                wrong[name] = f"{'cut' if heard.code is None else heard.code}: {heard.tail[-300:]}"
+    return wrong
+
+
+def share(things: Sequence[T], part: str) -> Sequence[T]:
+    """Every n-th of some things, from the i-th on, for the part "i/n"."""
+    number, _, count = part.partition("/")
+    return things[int(number) :: int(count)]
 
 
 def end_on_sigterm() -> None:

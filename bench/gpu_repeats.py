@@ -20,7 +20,7 @@ import torch
 
 from bench.gpu_cases import OperatorCase, Tensors, core_cases, item
 from bench.gpu_cases_layers import layer_cases
-from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note
+from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note, share
 from train.determinism import CUBLAS_WORKSPACE
 from train.trace import digest
 
@@ -141,8 +141,7 @@ def _work(options: argparse.Namespace) -> int:
         found = digests(device)
         note(digests=found, cubins=cubins(Path(os.environ["TRITON_CACHE_DIR"])))
         return 0
-    number, _, count = options.worker.partition("/")
-    for case in cases()[int(number) :: int(count)]:
+    for case in share(cases(), options.worker):
         note(**sweep(case, device, options.repeats))
     return 0
 

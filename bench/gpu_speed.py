@@ -7,9 +7,10 @@ Errors are relative to the largest true value of their tensor, against float64 c
 import argparse
 import functools
 import itertools
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from bench.gpu_cases import EPS, ITERATIONS, Tensors, attention_inputs, segment_
 from bench.gpu_cases_layers import LAYERS as LAYER_WEIGHTS
 from bench.gpu_cases_layers import TABLES, embed_points, point_inputs
 from bench.gpu_clock import measure
-from bench.gpu_process import Sheet
+from bench.gpu_process import Sheet, end_on_sigterm, note, share, side_by_side
 from bench.gpu_repeats import words
+from bench.measure import largest_error
 from bench.peers import Peer, attention_peers, dustbin_peers, matching_peers, with_compile
 from kernels.attention import gqa_attention, gqa_attention_reference
 from kernels.matching import match_segments, match_segments_reference
@@ -30,7 +32,9 @@ from kernels.sinkhorn import sinkhorn, sinkhorn_reference
 
 PASSES = ("forward and backward", "forward")
 BIT_REPEATS = 20
-_TRUTH_ITEMS = 8
+_TRUTH_ITEMS, _PROCESSES = 8, 12
+# share of the time left after our own rows that compiling the others' may take
+AHEAD = 0.5
 OURS = "ridgeline"
 # what a call gives is right up to this error, relative to the largest true value
 BF16_TOLERANCE, FP32_TOLERANCE, POINTS_TOLERANCE = 3e-2, 1e-4, 5e-2
@@ -239,14 +243,34 @@ SUITES = {
 }
 
 
-def time_rows(rows: Iterator[tuple[Problem, list[Peer]]], sheet: Sheet, device: torch.device, seconds: float) -> None:
-    """Check and time every row, keeping the sheet up to date; a row without a time says why."""
-    deadline = time.monotonic() + seconds
+def ordered(rows: Iterable[tuple[Problem, list[Peer]]]) -> list[tuple[Problem, Peer]]:
+    """All rows: ours first, and last those that must be compiled, of which Flex is the fastest."""
     pairs = [(problem, peer) for problem, peers in rows for peer in peers if not peer.graph]
-    pairs.sort(key=lambda pair: (pair[1].name != OURS, pair[1].compiled))
+    return sorted(pairs, key=lambda pair: (pair[1].name != OURS, pair[1].compiled, not pair[1].name.startswith("flex")))
+
+
+def time_rows(
+    pairs: Sequence[tuple[Problem, Peer]],
+    sheet: Sheet,
+    device: torch.device,
+    seconds: float,
+    compile_ahead: Callable[[float], object] | None = None,
+) -> None:
+    """Check and time rows in their order, keeping the sheet up to date; a row without a time says why.
+
+    Args:
+        compile_ahead: called with seconds to take at most, before the first row that is not ours.
+    """
+    deadline = time.monotonic() + seconds
     truths: dict[str, list[Tensor]] = {}
     cases = sheet.content["cases"] = []
     for problem, peer in pairs:
+        if compile_ahead and peer.name != OURS:
+            compile_ahead(AHEAD * (deadline - time.monotonic()))
+            compile_ahead = None
+        if peer.compiled:
+            # each row is compiled by itself: what is kept of other shapes counts as recompilation
+            torch.compiler.reset()
         case = {"suite": problem.suite, "group": problem.group, "name": peer.name, "peer": peer.name, **problem.notes}
         if time.monotonic() > deadline:
             cases.append({**case, "refused": "no time was left"})
@@ -264,13 +288,12 @@ def time_rows(rows: Iterator[tuple[Problem, list[Peer]]], sheet: Sheet, device: 
 
 def _time_row(problem: Problem, peer: Peer, truth: list[Tensor], device: torch.device) -> dict[str, Any]:
     """Return the time of a row, or under "red" why its result is wrong."""
-    for leaf in problem.leaves:
-        leaf.requires_grad_("backward" in problem.group)
+    _require_gradients(problem)
     run = functools.partial(problem.finish, peer.solve)
     started = time.perf_counter()
     found = [x.detach().clone() for x in run()]
     first_call_s = time.perf_counter() - started
-    error = max(_error(x, y) for x, y in zip(found, truth, strict=True))
+    error = largest_error(found, [x.to(device) for x in truth])
     if not error <= problem.tolerance:
         return {"red": f"relative error {error:.1e}, must be at most {problem.tolerance:.0e}"}
     return {
@@ -281,16 +304,14 @@ def _time_row(problem: Problem, peer: Peer, truth: list[Tensor], device: torch.d
     }
 
 
+def _require_gradients(problem: Problem) -> None:
+    for leaf in problem.leaves:
+        leaf.requires_grad_("backward" in problem.group)
+
+
 def _repeats_agree(run: Callable[[], list[Tensor]], found: list[Tensor]) -> bool:
     differing = sum((words(x) != words(y)).any() for _ in range(BIT_REPEATS) for x, y in zip(run(), found, strict=True))
     return not bool(differing)
-
-
-def _error(found: Tensor, truth: Tensor) -> float:
-    truth = truth.to(found.device)
-    size = float(truth.abs().max()) or 1.0
-    error = float((found.double() - truth).abs().max()) / size
-    return error if error == error else float("inf")
 
 
 def _root(error: BaseException) -> str:
@@ -300,16 +321,42 @@ def _root(error: BaseException) -> str:
     return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]
 
 
+def _compile(pairs: Sequence[tuple[Problem, Peer]]) -> int:
+    """Run rows once, only to have them compiled."""
+    for problem, peer in pairs:
+        _require_gradients(problem)
+        torch.compiler.reset()
+        try:
+            problem.finish(peer.solve)
+        except Exception as refusal:
+            note(refused=f"{problem.group}: {peer.name}", reason=_root(refusal))
+    return 0
+
+
 def main() -> int:
     """Run the part; exit code 0 only if our own rows are right and none of their bits moved."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_speed")
     parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=90.0)
     options = parser.parse_args()
     device = torch.device("cuda")
+    pairs = ordered(SUITES[options.suite](device))
+    compiled = [(problem, peer) for problem, peer in pairs if peer.compiled]
+    if options.worker:
+        return _compile(share(compiled, options.worker))
+    end_on_sigterm()
     sheet = Sheet(options.out)
-    time_rows(SUITES[options.suite](device), sheet, device, options.seconds)
+    processes = min(len(compiled), _PROCESSES, os.cpu_count() or 1)
+
+    def compile_ahead(seconds: float) -> None:
+        """Fill the caches of compiled code from processes side by side."""
+        command = [sys.executable, "-m", "bench.gpu_speed", options.suite, "--worker"]
+        commands = {part: [*command, part] for part in (f"{i}/{processes}" for i in range(processes))}
+        sheet.content["compiling"] = side_by_side(commands, seconds=seconds, at_once=processes)
+
+    time_rows(pairs, sheet, device, options.seconds, compile_ahead)
     cases = sheet.content["cases"]
     print(f"{sum('median_s' in case for case in cases)} of {len(cases)} rows timed")
     return int(not all(case.get("same_bits") for case in cases if case["peer"] == OURS))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bench.gpu_process import Ended, Line, Sheet, Workers, end_on_sigterm, note
+from bench.gpu_process import Ended, Line, Sheet, Workers, end_on_sigterm, note, share
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 # beside those of the operators
@@ -121,8 +121,7 @@ def pytest_collection_modifyitems(config, items):
     """Keep this shard's tests, without those that an earlier process finished."""
     if SHARD not in os.environ:
         return
-    number, _, count = os.environ[SHARD].partition("/")
-    mine = items[int(number) :: int(count)]
+    mine = share(items, os.environ[SHARD])
     note(selected=[item.nodeid for item in mine])
     done = set(Path(os.environ[DONE]).read_text().splitlines())
     items[:] = [item for item in mine if item.nodeid not in done]

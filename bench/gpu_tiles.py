@@ -15,7 +15,7 @@ import torch
 
 from bench.gpu_cases import Tensors, attention_inputs
 from bench.gpu_clock import measure
-from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note
+from bench.gpu_process import Sheet, end_on_sigterm, note, share, side_by_side
 from bench.gpu_speed import ATTENTION, BF16_TOLERANCE
 from kernels import attention_backward, attention_forward, attention_tile
 from kernels.attention import gqa_attention
@@ -110,19 +110,15 @@ def all_tiles() -> Iterator[tuple[str, Tile]]:
 
 def compile_ahead(seconds: float, processes: int) -> None:
     """Fill the cache of compiled kernels from processes side by side."""
-    with Workers(seconds=seconds, at_once=processes) as workers:
-        for i in range(processes):
-            workers.start(str(i), [sys.executable, "-m", "bench.gpu_tiles", "--worker", f"{i}/{processes}"])
-        for name, heard in workers:
-            if isinstance(heard, Ended) and heard.code != 0:
-                print(f"compiling process {name}: {heard.code} {heard.tail[-200:]}")
+    command = [sys.executable, "-m", "bench.gpu_tiles", "--worker"]
+    commands = {part: [*command, part] for part in (f"{i}/{processes}" for i in range(processes))}
+    print(side_by_side(commands, seconds=seconds, at_once=processes))
 
 
-def _compile(share: str) -> int:
-    number, _, count = share.partition("/")
+def _compile(part: str) -> int:
     for shape in ("cross 256x2048", "self 256x256"):
         tensors = attention_inputs(1, torch.device("cuda"), **ATTENTION[shape][1])
-        for kernel, tile in list(all_tiles())[int(number) :: int(count)]:
+        for kernel, tile in share(list(all_tiles()), part):
             try:
                 catch(kernel, tile, tensors)
             except Exception as refusal:

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_cases, gpu_process, gpu_repeats, gpu_speed, gpu_targets, gpu_tests, gpu_tiles, gpu_train
+from bench import (
+    gpu,
+    gpu_cases,
+    gpu_process,
+    gpu_repeats,
+    gpu_speed,
+    gpu_step,
+    gpu_targets,
+    gpu_tests,
+    gpu_tiles,
+    gpu_train,
+)
 from bench.gpu_cases import OperatorCase, attention_inputs, item
 from bench.gpu_process import Ended, Sheet, Workers
 from bench.gpu_repeats import cases
@@ -102,7 +113,8 @@ def test_a_part_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch, ca
 
 
 def test_time_that_a_part_does_not_use_is_the_next_ones(tmp_path, monkeypatch):
-    tell = "print(sys.argv[-1]); out.write_text(json.dumps({'cases': [{'suite': 's', 'told': float(sys.argv[-1])}]}))"
+    case = "{'suite': 's', 'group': 'g', 'name': out.stem, 'told': float(sys.argv[-1])}"
+    tell = f"out.write_text(json.dumps({{'cases': [{case}]}}))"
     parts = {n: gpu.Part(command=tuple(script(PART + tell)), seconds=10) for n in ("first", "second")}
     _, summary = run_planted(parts, tmp_path, monkeypatch, scale=2.0)
     first, second = (case["told"] for case in summary["cases"])
@@ -330,7 +342,7 @@ def test_only_right_results_have_a_time_and_every_row_says_why_not(tmp_path):
         Peer(name="ridgeline", solve=lambda x: 2 * x),
     ]
     sheet = Sheet(tmp_path / "planted.json")
-    gpu_speed.time_rows(iter([doubled(peers)]), sheet, CPU, seconds=60)
+    gpu_speed.time_rows(gpu_speed.ordered([doubled(peers)]), sheet, CPU, seconds=60)
     rows = {case["name"]: case for case in json.loads(sheet.path.read_text())["cases"]}
     assert list(rows) == ["ridgeline", "wrong", "not a number", "moves", "refuses", "compiled"]
     assert rows["ridgeline"]["median_s"] > 0 and rows["ridgeline"]["same_bits"]
@@ -342,7 +354,8 @@ def test_only_right_results_have_a_time_and_every_row_says_why_not(tmp_path):
 
 def test_rows_after_the_time_is_up_are_named(tmp_path):
     sheet = Sheet(tmp_path / "planted.json")
-    gpu_speed.time_rows(iter([doubled([Peer(name="late", solve=lambda x: 2 * x)])]), sheet, CPU, seconds=-1)
+    late = doubled([Peer(name="late", solve=lambda x: 2 * x)])
+    gpu_speed.time_rows(gpu_speed.ordered([late]), sheet, CPU, seconds=-1)
     assert [case["refused"] for case in json.loads(sheet.path.read_text())["cases"]] == ["no time was left"]
 
 
@@ -366,3 +379,52 @@ def test_the_plain_model_is_ours_without_its_kernels():
     truth = rows.gt_BM23, rows.gt_count_B
     total = segment_loss(ours, *truth, recipe.loss, endpoint_weight=0.3, impl="eager").total
     torch.testing.assert_close(plain_loss(recipe, stage)(*plain, *truth), total)
+
+
+def answer_as_workers(monkeypatch, folder: Path, answers: str) -> None:
+    """Let a shell script stand in for the workers' Python; $4 is what the worker is to do."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\ntell() {{ echo "$1" >>"${gpu_process.LINES}"; }}\n{answers}\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+
+def test_each_way_to_a_step_has_its_own_bound_and_what_it_found_before_stays(tmp_path, monkeypatch):
+    case = '{"case": {"suite": "step", "group": "training step, 32 x 2048", "peer": "\'"$4"\'", "median_s": 1}}'
+    answers = f"""case "$4" in
+        ridgeline) tell '{case}'; tell '{{"profile": {{"32 x 2048": {{"launches": 3}}}}}}';;
+        eager) tell '{case}'; echo the reason; exit 1;;
+        torch.compile) if [ "$5" = --once ]; then exit 0; fi; tell '{case}'; sleep 60;;
+    esac"""
+    answer_as_workers(monkeypatch, tmp_path, answers)
+    monkeypatch.setitem(gpu_step.WAYS, "torch.compile", 0.05)
+    sheet = Sheet(tmp_path / "step.json")
+    gpu_step.time_ways(["ridgeline", "eager", "torch.compile"], list(gpu_step.SHAPES), sheet, seconds=30)
+    found = json.loads(sheet.path.read_text())
+    rows = {(case["peer"], case["group"][-9:]): case for case in found["cases"]}
+    assert [rows[way, "32 x 2048"]["median_s"] for way in ("ridgeline", "eager", "torch.compile")] == [1, 1, 1]
+    assert rows["eager", "64 x 4096"]["refused"] == "exit 1"
+    assert rows["torch.compile", "64 x 4096"]["refused"] == "cut by the clock"
+    assert ("ridgeline", "64 x 4096") not in rows and found["profiles"]["32 x 2048"]["launches"] == 3
+    assert found["compiling"] == {} and "the reason" in found["errors"][0]
+
+
+def test_the_sweep_is_green_only_when_everything_was_swept_and_agrees(tmp_path, monkeypatch):
+    swept = '{"operator": "o", "case": "c", "repeats": 5, "differing": 0, "alone_differs": [], "not_finite": []}'
+    fresh = '{"digests": {"a": "1"}, "cubins": {"k": ["x"]}}'
+    answers = f"""for last; do :; done
+    case "$last" in digests) tell '{fresh}';; 0/2) tell '{swept}'; tell '{swept}';; 1/2) exit "${{CODE:-0}}";; esac"""
+    answer_as_workers(monkeypatch, tmp_path, answers)
+    monkeypatch.setattr(gpu_repeats, "cases", lambda: ["one", "two"])
+    for code in ("0", "3"):
+        monkeypatch.setenv("CODE", code)
+        sheet = Sheet(tmp_path / "repeats.json")
+        gpu_repeats.run_sweeps(sheet, seconds=30, repeats=5, device="cpu", processes=2)
+        assert gpu_repeats.is_green(sheet.content) and len(sheet.content["errors"]) == (code == "3")
+    for change in (
+        {"swept": sheet.content["swept"][:1]},
+        {"swept": [{**line, "differing": 1} for line in sheet.content["swept"]]},
+        {"processes": {**sheet.content["processes"], "processes": 2}},
+        {"processes": {**sheet.content["processes"], "differing_cubins": ["k"]}},
+    ):
+        assert not gpu_repeats.is_green({**sheet.content, **change})
