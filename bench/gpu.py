@@ -44,7 +44,7 @@ PARTS = {
     "attention": Part(command=_module("bench.gpu_speed", "attention"), seconds=80),
     "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn"), seconds=30),
     "matching": Part(command=_module("bench.gpu_speed", "matching"), seconds=40),
-    "layers": Part(command=_module("bench.gpu_speed", "layers"), seconds=40),
+    "points": Part(command=_module("bench.gpu_speed", "points"), seconds=40),
     "step": Part(command=_module("bench.gpu_step"), seconds=125),
     "tiles": Part(command=_module("bench.gpu_tiles"), seconds=240, unasked=False),
     "train": Part(command=_module("bench.gpu_train"), seconds=240, unasked=False),

@@ -177,7 +177,7 @@ def matching_rows(device: torch.device, items: int = 64) -> Iterator[tuple[Probl
         )
 
 
-def layer_rows(
+def point_rows(
     device: torch.device, sizes: Mapping[str, tuple[int, int]] = LAYERS
 ) -> Iterator[tuple[Problem, list[Peer]]]:
     """Points to rows in bfloat16, against PyTorch's layers under autocast, features included."""
@@ -193,7 +193,7 @@ def layer_rows(
 
         yield (
             Problem(
-                suite="layers",
+                suite="points",
                 group=f"point_embedding, {name}, {passes}",
                 leaves=list(weights.values()),
                 finish=finish,
@@ -201,11 +201,11 @@ def layer_rows(
                 tolerance=POINTS_TOLERANCE,
                 notes={"items": items, "points": points, "dtype": "bfloat16"},
             ),
-            _layer_peers(),
+            _point_peers(),
         )
 
 
-def _layer_peers() -> list[Peer]:
+def _point_peers() -> list[Peer]:
     ours = Peer(name=OURS, solve=functools.partial(embed_points, precision="bf16", impl="triton"), package=None)
     eager = Peer(name="eager", solve=functools.partial(embed_points, precision="bf16", impl="eager"))
     return [ours, eager, with_compile(eager)]
@@ -239,7 +239,7 @@ SUITES = {
     "attention": attention_rows,
     "sinkhorn": sinkhorn_rows,
     "matching": matching_rows,
-    "layers": layer_rows,
+    "points": point_rows,
 }
 
 
