@@ -14,6 +14,7 @@ Usage: bash reproduce.sh [COMMAND [ARGUMENT ...]]
   s23dr             train the published recipe on the hub's sets: needs a network and should have a GPU
   test              lint, types, tests and the offline analysis of the kernels
   bench             measure operators and training steps against their peers
+  gpu               test and measure on this machine's GPU with its own PyTorch: no network, nothing is installed
   doctor            say what this machine has and what holds here
   help              this text
 
@@ -54,6 +55,16 @@ try:
     import ensurepip, venv
 except ImportError as error:
     sys.exit("is %d.%d without the module %s" % (*sys.version_info[:2], error.name))
+'
+
+can_reach_a_gpu='
+import sys
+try:
+    import numpy, pytest, torch, triton
+except ImportError as error:
+    sys.exit("is %d.%d without the module %s" % (*sys.version_info[:2], error.name))
+if not torch.cuda.is_available():
+    sys.exit("its torch %s sees no CUDA device" % torch.__version__)
 '
 
 # The stamp is written last and names what .venv was made from: no stamp, or another one, and it is made anew.
@@ -98,6 +109,15 @@ test)
 bench)
     make_environment
     .venv/bin/python -m bench "$@"
+    ;;
+gpu)
+    # the PyTorch that knows this GPU may be a user's own
+    unset PYTHONNOUSERSITE
+    python=$(find_python "$can_reach_a_gpu" "${candidates[@]}") || {
+        echo "reproduce.sh: gpu needs an NVIDIA GPU and a Python whose torch sees it; REPRODUCE_PYTHON names one" >&2
+        exit 2
+    }
+    "$python" -m bench.gpu "$@"
     ;;
 doctor)
     make_environment

@@ -9,6 +9,8 @@ import dataclasses
 import pytest
 import torch
 
+from bench.measure import ON_GPU
+from bench.peers import OURS, Peer, by_name
 from kernels.philox import named_normal
 from perceiver.model import Perceiver
 from perceiver.scene import SceneBatch, stack_scenes
@@ -24,6 +26,8 @@ CASES = {
     "demo-256-fp32": ("demo", 256, 32, "fp32"),
     "demo-512-fp32": ("demo", 512, 32, "fp32"),
 }
+# on a CPU both are the same
+PEERS = by_name(OURS, *([Peer(name="eager operators", solve=update)] if ON_GPU else ()))
 # relative error of the loss that each precision may show
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 
@@ -46,35 +50,31 @@ def _float64_loss(recipe: Recipe, batch: SceneBatch, endpoint_weight: float) -> 
     return float(loss.total)
 
 
+@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("case", CASES)
-def bench_step(benchmark, case):
+def bench_step(measure, case, peer):
     name, points, scenes, precision = CASES[case]
     recipe = load_recipe(name)
     stage = dataclasses.replace(recipe.stages[2], lr=1e-4)
     batch = stack_scenes(generate_scenes(scenes, seed=0, points=points, setting="easy"))
     truth = _float64_loss(recipe, batch, stage.endpoint_weight)
-    machine = enter(threads=recipe.threads, precision=precision, impl="auto")
+    machine = enter(threads=recipe.threads, precision=precision, impl="auto" if peer == OURS.name else "eager")
     model = _stirred_model(recipe).to(machine.device)
     optimizer = build_optimizer(model, recipe.optim)
     rows = batch.to(machine.device)
-    with torch.no_grad():
-        found = float(predict_and_compare(model, rows, recipe, machine, endpoint_weight=stage.endpoint_weight)[1].total)
-    error = abs(found - truth) / abs(truth)
-    assert error <= TOLERANCE[precision], f"loss {found} against {truth} in float64"
     steps = iter(range(1, 1_000_000))
 
-    def one_step() -> None:
-        update(model, optimizer, rows, step=next(steps), stage=stage, recipe=recipe, machine=machine)
-        if machine.device.type == "cuda":
-            torch.cuda.synchronize()
+    def loss_and_gradients() -> list[torch.Tensor]:
+        loss = predict_and_compare(model, rows, recipe, machine, endpoint_weight=stage.endpoint_weight)[1].total
+        used = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [loss, *(x for x in torch.autograd.grad(loss, used, allow_unused=True) if x is not None)]
 
-    benchmark.group = "training step"
-    benchmark.extra_info.update(
-        recipe=name,
-        points=points,
-        scenes=scenes,
-        precision=precision,
-        threads=recipe.threads,
-        loss_error=f"{error:.1e}",
-    )
-    benchmark.pedantic(one_step, rounds=9, warmup_rounds=2)
+    measure(
+        lambda: update(model, optimizer, rows, step=next(steps), stage=stage, recipe=recipe, machine=machine),
+        check=loss_and_gradients,
+        group=f"step, {case}",
+        peer=PEERS[peer],
+        truth=[torch.tensor(truth, dtype=torch.float64, device=machine.device)],
+        tolerance=TOLERANCE[precision],
+        recipe=name, points=points, scenes=scenes, precision=precision,
+    )  # fmt: skip

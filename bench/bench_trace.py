@@ -15,7 +15,7 @@ from train.trace import digest, state_tensors
 
 
 @pytest.mark.parametrize("name", ["s23dr", "demo"])
-def bench_digest(benchmark, name):
+def bench_digest(measure, name):
     recipe = load_recipe(name)
     machine = enter(threads=recipe.threads, precision="auto", impl="auto")
     model = Perceiver(recipe.model, seed=recipe.seed).to(machine.device)
@@ -24,11 +24,20 @@ def bench_digest(benchmark, name):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     state = state_tensors(model.state_dict(), optimizer.state_dict())
-    before = digest(state)
+
+    def as_tensor() -> list[torch.Tensor]:
+        return [torch.tensor(list(digest(state).encode()))]
+
+    (before,) = as_tensor()
     with torch.no_grad():
         model.segmenter.latent_embed.weight.view(torch.int32)[0, 0] ^= 1
-    assert digest(state) != before, "one flipped bit does not change the digest"
-    benchmark.group = "digest of weights and optimizer"
-    numbers = sum(tensor.numel() for tensor in state.values())
-    benchmark.extra_info.update(recipe=name, numbers=numbers, trace_every=recipe.trace_every, threads=recipe.threads)
-    benchmark.pedantic(digest, args=(state,), rounds=15, warmup_rounds=2)
+    assert not torch.equal(as_tensor()[0], before), "one flipped bit does not change the digest"
+    measure(
+        lambda: digest(state),
+        check=as_tensor,
+        group=f"trace, digest of weights and optimizer, {name}",
+        inputs=list(state.values()),
+        recipe=name,
+        numbers=sum(tensor.numel() for tensor in state.values()),
+        trace_every=recipe.trace_every,
+    )

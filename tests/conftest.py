@@ -6,7 +6,10 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+if HAS_GPU:
+    # cuBLAS reads it when CUDA starts, and refuses deterministic algorithms without it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     # triton reads it when it is imported, so before any test module is
     os.environ["TRITON_INTERPRET"] = "1"
     from tests import interpreter_checks, interpreter_fixes
@@ -18,9 +21,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def device() -> torch.device:
-    """The device kernels run on here: CUDA, or the CPU under the interpreter."""
-    return torch.device("cuda" if HAS_GPU else "cpu")
+def device(request) -> torch.device:
+    """The device kernels run on here: CUDA, or the CPU under the interpreter. The eager form's place is the CPU."""
+    arguments = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    return torch.device("cuda" if HAS_GPU and arguments.get("impl") != "eager" else "cpu")
 
 
 @pytest.fixture(autouse=True)

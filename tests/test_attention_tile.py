@@ -6,7 +6,7 @@ import torch
 from kernels.attention import gqa_attention
 from kernels.attention_forward import CHUNK
 from kernels.attention_tile import TILES
-from tests.attention_problems import NAMES, problem, run, same_bits, to_device
+from tests.attention_problems import NAMES, problem, run, to_device
 
 
 @pytest.mark.parametrize("dtype, softmax", [(torch.float32, "static"), (torch.bfloat16, "online")])
@@ -59,10 +59,13 @@ def test_a_thousand_repeats_under_load_give_the_same_bits(dtype, device):
     first = run(gqa_attention, tensors, key_count_B=key_count_B)
     load = torch.randn(2048, 2048, device=device)
     other = torch.cuda.Stream()
+    differing = torch.zeros((), dtype=torch.int64, device=device)
     for _ in range(1000):
         with torch.cuda.stream(other):
             load @ load
-        assert same_bits(run(gqa_attention, tensors, key_count_B=key_count_B), first)
+        again = run(gqa_attention, tensors, key_count_B=key_count_B)
+        differing += torch.stack([(x != y).any() for x, y in zip(again, first, strict=True)]).any()
+    assert differing == 0
 
 
 @pytest.mark.gpu

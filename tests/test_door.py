@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "again", "s23dr", "test", "bench", "doctor", "help")
+COMMANDS = ("demo", "again", "s23dr", "test", "bench", "gpu", "doctor", "help")
 
 # answers every probe, and on `-m venv` leaves a .venv whose python writes down its calls as well
 WORKING = """#!/bin/bash
@@ -172,6 +172,22 @@ def test_each_command_runs_what_it_says(door, arguments, expected):
     door.install("python3", WORKING)
     assert door(*arguments).returncode == 0
     assert door.calls()[2:] == [f"python {call}" for call in expected]
+
+
+def test_the_gpu_is_measured_with_the_python_that_sees_it_and_nothing_is_made(door):
+    door.install("python3", WORKING)
+    assert door("gpu", "--out", "results", "--only", "tests").returncode == 0
+    assert door.calls() == ["python3 -m bench.gpu --out results --only tests"]
+    assert not (door.home / ".venv").exists()
+
+
+def test_without_a_gpu_the_command_for_it_says_so_and_exits_2(door):
+    door.install("python3", "#!/bin/sh\necho 'its torch 2.13.0 sees no CUDA device' >&2\nexit 1\n")
+    answer = door("gpu")
+    assert answer.returncode == 2
+    assert "tried python3: its torch 2.13.0 sees no CUDA device" in answer.stderr
+    assert "needs an NVIDIA GPU" in answer.stderr
+    assert not (door.home / ".venv").exists()
 
 
 def test_a_failing_step_ends_the_command_with_its_exit_code(door):

@@ -359,11 +359,13 @@ def test_a_thousand_launches_under_load_give_the_same_bits(device):
     *predicted, gt, count = make_segments([64, 40, 1, 0] * 16, 64, 64, device=device)
     first = match_segments_forward(*predicted, gt, count, *SETTINGS, True, "triton")
     noise, stream = torch.rand(2048, 2048, device=device), torch.cuda.Stream()
+    differing = torch.zeros((), dtype=torch.int64, device=device)
     for _ in range(1000):
         with torch.cuda.stream(stream):
             noise @ noise
         again = match_segments_forward(*predicted, gt, count, *SETTINGS, True, "triton")
-        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+        differing += torch.stack([(one != other).any() for one, other in zip(first, again, strict=True)]).any()
+    assert differing == 0
 
 
 def test_the_result_names_its_parts(device):

@@ -35,7 +35,7 @@ def step_table() -> str:
     """The step times as the README shows them."""
     cases = json.loads((RESULTS / "cpu-2core.json").read_text())["cases"]
     rows = [
-        f"| {case['precision']} | {case['median_s']:.2f} s | {case['iqr_s']:.2f} s | {case['loss_error']} |"
+        f"| {case['precision']} | {case['median_s']:.2f} s | {case['iqr_s']:.2f} s | {case['error']} |"
         for case in cases
         if case["suite"] == "step" and case["recipe"] == "s23dr"
     ]

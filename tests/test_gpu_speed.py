@@ -1,0 +1,185 @@
+"""What the GPU suite checks and times, without a GPU: its cases, their bits, and who may have a number."""
+
+import dataclasses
+import functools
+import json
+
+import pytest
+import torch
+
+from bench import gpu_cases, gpu_repeats, gpu_speed, gpu_tiles, gpu_train
+from bench.gpu_cases import OperatorCase, attention_inputs, item
+from bench.gpu_process import Sheet
+from bench.gpu_repeats import cases
+from bench.gpu_step_peers import PlainPerceiver, plain_loss
+from bench.peers import Peer
+from perceiver.loss import segment_loss
+from perceiver.model import Perceiver
+from perceiver.scene import SceneBatch
+from tests.small_models import SMALL, small_batch, stirred
+from train.config import load_recipe
+
+CPU = torch.device("cpu")
+
+
+def planted_case(solve) -> OperatorCase:
+    return OperatorCase(
+        operator="planted", name="case", make=lambda items, _: {"x_BT": torch.rand(items, 3)}, solve=solve, items=3
+    )
+
+
+def test_a_result_that_moves_once_is_counted():
+    calls = iter(range(100))
+
+    def solve(tensors):
+        return {"y_BT": tensors["x_BT"] + (1e-7 if next(calls) == 4 else 0.0), "sum": tensors["x_BT"].sum()}
+
+    case = planted_case(solve)
+    assert gpu_repeats.count_differing(case, case.make(3, CPU), repeats=6) == 1
+
+
+def test_the_sweep_sees_nan_and_items_that_depend_on_their_neighbours():
+    def solve(tensors):
+        x = tensors["x_BT"]
+        return {
+            "mean_BT": x - x.mean(),
+            "own_BT": x * 2,
+            "total": x.sum(),
+            "unwritten_B": torch.full((len(x),), torch.nan),
+        }
+
+    found = gpu_repeats.sweep(planted_case(solve), CPU, repeats=2)
+    assert found["alone_differs"] == ["mean_BT[0]", "mean_BT[2]"]
+    assert found["not_finite"] == ["unwritten_B"] and found["differing"] == 0
+
+
+@pytest.mark.parametrize("operator", ["gqa_attention", "sinkhorn"])
+def test_the_operators_pass_the_sweep(operator, monkeypatch, device):
+    small = {
+        "gqa_attention": {"T": 3, "S": 9, "D": 16, "limit": "count"},
+        "sinkhorn": {"N": 3, "M": 4},
+    }
+    monkeypatch.setattr(gpu_cases, "ITERATIONS", 1)
+    case = next(c for c in cases() if c.operator == operator)
+    make = functools.partial(getattr(case.make, "func", case.make), **small[operator])
+    found = gpu_repeats.sweep(dataclasses.replace(case, make=make, items=2), device, repeats=1)
+    assert not found["differing"] and not found["alone_differs"] and not found["not_finite"]
+
+
+def test_items_are_cut_from_what_has_them():
+    tensors = attention_inputs(3, CPU, T=4, S=5, D=16, limit="mask")
+    one = item(tensors, 1)
+    assert all(len(one[name]) == 1 for name in one if "_B" in name)
+    assert torch.equal(one["key_mask_BS"][0], tensors["key_mask_BS"][1])
+    assert torch.equal(one["log_scale_H"], tensors["log_scale_H"])
+
+
+def test_processes_that_disagree_are_named():
+    same = {"digests": {"a": "1", "b": "2"}, "cubins": {"k": ["x", "y"]}}
+    other = {"digests": {"a": "1", "b": "3"}, "cubins": {"k": ["x"]}}
+    assert gpu_repeats.compare_processes([same, same])["differing_digests"] == []
+    found = gpu_repeats.compare_processes([same, same, other])
+    assert found["differing_digests"] == ["b"] and found["differing_cubins"] == ["k"] and found["kernels"] == 2
+
+
+def test_a_tile_takes_the_place_of_the_tables_entry_for_one_launch(device):
+    from kernels import attention_forward, attention_tile
+
+    before = dict(attention_tile.TILES), attention_forward._attention_fwd_kernel
+    tensors = attention_inputs(1, device, T=20, S=70, D=16, limit="count")
+    for kernel, tile in (("forward", (16, 32, 4, 1)), ("dkv", (16, 16, 4, 1))):
+        base, other = gpu_tiles.catch(kernel, None, tensors), gpu_tiles.catch(kernel, tile, tensors)
+        for i in gpu_tiles.KERNELS[kernel][2]:
+            size = base.arguments[i].float().abs().max()
+            assert (base.arguments[i].float() - other.arguments[i].float()).abs().max() <= 0.02 * size
+        other.arguments[gpu_tiles.KERNELS[kernel][2][0]].zero_()
+        other.again()
+        assert other.arguments[gpu_tiles.KERNELS[kernel][2][0]].any()
+    assert (dict(attention_tile.TILES), attention_forward._attention_fwd_kernel) == before
+
+
+def test_the_short_recipe_has_all_stages_and_asks_for_no_score():
+    recipe = gpu_train.short_recipe(steps=40, scenes=64)
+    assert [stage.until for stage in recipe.stages] == [40, 80, 120]
+    assert [stage.batch for stage in recipe.stages] == [32, 64, 64]
+    assert not recipe.evaluate.score and recipe.stages[2].endpoint_weight > 0
+    runs = [{"files": {"a": "1"}, "weights": ["w"]}, {"files": {"a": "1"}, "weights": ["v"]}]
+    assert gpu_train.compare(runs[:1])["same_bits"] and not gpu_train.compare(runs)["same_bits"]
+
+
+def test_cases_of_training_come_first_and_names_are_unique():
+    trained = [case.trained for case in cases()]
+    assert trained == sorted(trained, reverse=True) and any(trained)
+    names = [(case.operator, case.name) for case in cases()]
+    assert len(set(names)) == len(names)
+
+
+def doubled(peers: list[Peer], group: str = "planted, forward") -> tuple[gpu_speed.Problem, list[Peer]]:
+    x = torch.rand(3)
+    problem = gpu_speed.Problem(
+        suite="planted",
+        group=group,
+        leaves=[x],
+        finish=lambda solve: [solve(x)],
+        truth=lambda: [2 * x.double()],
+        tolerance=1e-5,
+    )
+    return problem, peers
+
+
+def refuse(_):
+    try:
+        raise KeyError("the cause")
+    except KeyError as cause:
+        raise RuntimeError("what it led to") from cause
+
+
+def test_only_right_results_have_a_time_and_every_row_says_why_not(tmp_path):
+    calls = iter(range(1000))
+    peers = [
+        Peer(name="compiled", solve=lambda x: x + x, compiled=True),
+        Peer(name="wrong", solve=lambda x: 2.01 * x),
+        Peer(name="not a number", solve=lambda x: x / 0),
+        Peer(name="moves", solve=lambda x: 2 * x + (3e-7 if next(calls) == 17 else 0.0)),
+        Peer(name="refuses", solve=refuse),
+        Peer(name="replayed", solve=lambda x: 2 * x, graph=True),
+        Peer(name="ridgeline", solve=lambda x: 2 * x),
+    ]
+    sheet = Sheet(tmp_path / "planted.json")
+    gpu_speed.time_rows(gpu_speed.ordered([doubled(peers)]), sheet, CPU, seconds=60)
+    rows = {case["name"]: case for case in json.loads(sheet.path.read_text())["cases"]}
+    assert list(rows) == ["ridgeline", "wrong", "not a number", "moves", "refuses", "compiled"]
+    assert rows["ridgeline"]["median_s"] > 0 and rows["ridgeline"]["same_bits"]
+    assert rows["moves"]["median_s"] > 0 and not rows["moves"]["same_bits"]
+    for name in ("wrong", "not a number"):
+        assert "median_s" not in rows[name] and "relative error" in rows[name]["red"]
+    assert "the cause" in rows["refuses"]["refused"]
+
+
+def test_rows_after_the_time_is_up_are_named(tmp_path):
+    sheet = Sheet(tmp_path / "planted.json")
+    late = doubled([Peer(name="late", solve=lambda x: 2 * x)])
+    gpu_speed.time_rows(gpu_speed.ordered([late]), sheet, CPU, seconds=-1)
+    assert [case["refused"] for case in json.loads(sheet.path.read_text())["cases"]] == ["no time was left"]
+
+
+def test_truth_in_blocks_of_items_is_the_truth_of_all(monkeypatch):
+    tensors = attention_inputs(5, CPU, T=4, S=9, D=16, dtype=torch.float32, limit="count")
+    whole = gpu_speed._attention_truth(tensors, "forward and backward")
+    monkeypatch.setattr(gpu_speed, "_TRUTH_ITEMS", 2)
+    for left, right in zip(gpu_speed._attention_truth(tensors, "forward and backward"), whole, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_the_plain_model_is_ours_without_its_kernels():
+    recipe = load_recipe("tiny")
+    stage = dataclasses.replace(recipe.stages[2], endpoint_weight=0.3)
+    model = stirred(Perceiver(SMALL)).double()
+    rows = SceneBatch(**{n: x.double() if x.is_floating_point() else x for n, x in vars(small_batch()).items()})
+    ours = model(rows, impl="eager")
+    plain = PlainPerceiver(model, rate=0.5).eval()(rows)
+    for name, found, expected in zip(ours._fields, plain, ours, strict=True):
+        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
+    truth = rows.gt_BM23, rows.gt_count_B
+    total = segment_loss(ours, *truth, recipe.loss, endpoint_weight=0.3, impl="eager").total
+    torch.testing.assert_close(plain_loss(recipe, stage)(*plain, *truth), total)
