@@ -5,7 +5,6 @@ the recipe says. On a CPU: the number of threads, which is part of the bits. `fi
 beside the recipe.
 """
 
-import importlib.metadata
 import os
 import re
 from dataclasses import dataclass
@@ -92,6 +91,9 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
             )
     if place.type == "cuda":
         _fix_cublas_workspace()
+        if place.index is not None:
+            # Triton launches on the current device, wherever the tensors are
+            torch.cuda.set_device(place)
     machine = Machine(device=place, precision=precision, impl=impl, threads=threads)
     _set_state(machine)
     check_state(machine)
@@ -143,12 +145,21 @@ def fingerprint(device: torch.device | str = "cpu") -> str:
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         place = f"sm_{card.major}{card.minor} with {card.multi_processor_count} multiprocessors"
-        return f"{place}, torch {torch.__version__}, triton {importlib.metadata.version('triton')}"
+        return f"{place}, torch {torch.__version__}, triton {triton_version()}"
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     info = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
     place = f"{info.get('vendor_id')} family {info.get('cpu family')} model {info.get('model')}"
     return f"{place} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__.split('+')[0]}"
+
+
+def triton_version() -> str | None:
+    """The version of Triton that is imported here, under whatever name it was installed; None without one."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
 
 
 def _set_state(machine: Machine) -> None:

@@ -91,6 +91,12 @@ def digest_due(recipe: Recipe, step: int) -> bool:
     return step % recipe.trace_every == 0 or step in ends or step + CHECKED_STEPS in ends or step == CHECKED_STEPS
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort the names of a line's values as they are computed: terms, their sum, gradient, learning rate, state."""
+    last = ["loss", "grad_norm", "lr", "state"]
+    return sorted(names, key=lambda name: last.index(name) if name in last else -1)
+
+
 class Trace:
     """Collects lines on the device; `flush` hands them to `write`, in order."""
 
