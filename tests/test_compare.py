@@ -10,10 +10,12 @@ import torch
 
 import train.graph
 import train.loop
+from kernels import attention_tile
 from tests.test_checkpoint import checkpoint
 from tests.tiny_runs import tiny_recipe, train_quietly
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.compare import compare_runs
+from train.loop import run
 from train.roofs import generate_scenes
 from train.rundir import RunDirectory, RunRefused
 from train.sources import write_npz
@@ -53,8 +55,8 @@ def test_one_flipped_bit_in_a_weight_is_found_and_named(runs):
 
 
 def test_negative_zero_is_another_bit(runs):
-    for run, zero in zip(runs, (0.0, -0.0), strict=True):
-        change(run / "stage1.pt", lambda state, zero=zero: state.model["w"].fill_(zero))
+    for path, zero in zip(runs, (0.0, -0.0), strict=True):
+        change(path / "stage1.pt", lambda state, zero=zero: state.model["w"].fill_(zero))
     assert compare_runs(*runs).differences[0].startswith("stage1.pt: w: 12 of 12 elements differ, at most by 0")
 
 
@@ -218,6 +220,30 @@ def test_exchanged_rows_are_found_down_to_step_and_tensor(tmp_path):
     rows, activation = of(comparison, "recomputed: step 1, ")[:2]
     assert rows.startswith("recomputed: step 1, rows: first xyz_BT3: ")
     assert activation.startswith("recomputed: step 1, activation: first tokenizer: ")
+
+
+def test_another_kernel_table_is_found_down_to_step_and_value(device, tmp_path, monkeypatch):
+    recipe = tiny_recipe()
+    # one scene, one update: in the interpreter this takes a while; output projections begin with zeros, so that only
+    # the decoder's attention to the latents has a say
+    model = dataclasses.replace(recipe.model, latent_layers=1, latent_tokens=64)
+    stage = dataclasses.replace(recipe.stages[0], batch=1, until=1)
+    quick = dataclasses.replace(recipe.evaluate, scenes=1, batch=1, every=0)
+    changes = {"model": model, "stages": (stage,), "evaluate": quick, "impl": "triton", "precision": "fp32"}
+    for name in ("a", "b"):
+        run(tiny_recipe(**changes), tmp_path / name, device=device.type, progress=False, say=lambda _line: None)
+        tiles = {key: ((16, 16, 4, 1), *launches[1:]) for key, launches in attention_tile.TILES.items()}
+        monkeypatch.setattr(attention_tile, "TILES", tiles)
+    monkeypatch.undo()
+    comparison = compare_runs(tmp_path / "a", tmp_path / "b")
+    assert comparison.sentence.startswith("step 1 is the first that differs: ")
+    assert of(comparison, "trace: first at step 1 (step): ")
+    first, second, third = of(comparison, "recomputed: ")
+    assert first.endswith("and it is as its trace says")
+    assert "but step 1, " in second
+    assert third.endswith("every tensor is the same here: it is not recipe, rows or state that differ")
+    if device.type == "cuda":
+        assert "machine code of _attention_fwd_kernel differs" in comparison.differences
 
 
 def test_rows_that_are_not_the_runs_cannot_be_recomputed(finished, tmp_path, monkeypatch):
