@@ -16,7 +16,7 @@ from kernels.dispatch import resolve
 
 CUBLAS_WORKSPACE = ":4096:8"
 PRECISIONS = ("fp32", "tf32", "bf16")
-# variables that make libraries choose other code than the processor's own, unseen by the fingerprint
+# variables that make libraries choose or compile other code than by themselves, unseen by the fingerprint
 FORBIDDEN_VARIABLES = (
     "MKL_CBWR",
     "MKL_DEBUG_CPU_TYPE",
@@ -26,6 +26,15 @@ FORBIDDEN_VARIABLES = (
     "DNNL_MAX_CPU_ISA",
     "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "PYTORCH_TUNABLEOP_ENABLED",
+    "TRITON_F32_DEFAULT",
+    "TRITON_DEFAULT_FP_FUSION",
+    "TRITON_KERNEL_OVERRIDE",
+    "TRITON_OVERRIDE_ARCH",
+    "DISABLE_LLVM_OPT",
+    "DISABLE_PTXAS_OPT",
+    "PTXAS_OPTIONS",
 )
 
 
@@ -70,8 +79,14 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
         EnvironmentRefused: a variable makes libraries choose other code, or a setting comes too late to change.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that is there, got {device!r} and no CUDA device")
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device must be one that is there, got {device!r} and no CUDA device")
+        # before anything asks the card what it is, which starts CUDA
+        _fix_cublas_workspace()
+        if place.index is not None:
+            # Triton launches on the current device, wherever the tensors are
+            torch.cuda.set_device(place)
     # older GPUs have neither the bfloat16 nor the shared memory that the kernels are written for
     modern = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
     if precision == "auto":
@@ -86,14 +101,11 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
     for variable in FORBIDDEN_VARIABLES:
         if variable in os.environ:
             raise EnvironmentRefused(
-                f"{variable} must not be set, it is {os.environ[variable]!r} and changes how matrix products are "
-                f"computed: unset {variable} and start again"
+                f"{variable} must not be set, it is {os.environ[variable]!r} and changes how results are computed: "
+                f"unset {variable} and start again"
             )
-    if place.type == "cuda":
-        _fix_cublas_workspace()
-        if place.index is not None:
-            # Triton launches on the current device, wherever the tensors are
-            torch.cuda.set_device(place)
+    if place.type == "cuda" and impl == "triton" and os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise EnvironmentRefused("TRITON_INTERPRET must not be set on a GPU: unset TRITON_INTERPRET and start again")
     machine = Machine(device=place, precision=precision, impl=impl, threads=threads)
     _set_state(machine)
     check_state(machine)
