@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+# cuBLAS reads it when the first test starts CUDA
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
     # cuBLAS reads it when CUDA starts, and refuses deterministic algorithms without it

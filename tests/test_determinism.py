@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from train.determinism import (
     FORBIDDEN_VARIABLES,
@@ -14,6 +16,7 @@ from train.determinism import (
     check_state,
     enter,
     fingerprint,
+    triton_version,
 )
 
 
@@ -68,6 +71,64 @@ def test_another_cublas_workspace_is_refused_with_the_cure(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(EnvironmentRefused, match="before CUDA starts, it is None"):
         _fix_cublas_workspace()
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU that is not there; returns what was done to CUDA, in order."""
+    done = []
+
+    def started(name, answer):
+        def inner(*_arguments):
+            done.append(name)
+            return answer
+
+        return inner
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: bool(done))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", started("asked", (9, 0)))
+    monkeypatch.setattr(torch.cuda, "set_device", started("set", None))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return done
+
+
+def test_the_cublas_workspace_is_set_before_cuda_starts(card):
+    machine = enter(threads=1, precision="auto", impl="auto", device="cuda")
+    assert (machine.precision, machine.impl) == ("bf16", "triton")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert card == ["asked"]
+
+
+def test_a_numbered_device_becomes_the_current_one(card):
+    enter(threads=1, precision="fp32", impl="eager", device="cuda:1")
+    assert card == ["set", "asked"]
+
+
+@pytest.mark.usefixtures("card")
+def test_tf32_is_as_the_recipe_says():
+    enter(threads=1, precision="tf32", impl="eager", device="cuda")
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    enter(threads=1, precision="fp32", impl="eager", device="cpu")
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.usefixtures("card")
+def test_interpreted_kernels_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(EnvironmentRefused, match="unset TRITON_INTERPRET"):
+        enter(threads=1, precision="bf16", impl="triton", device="cuda")
+
+
+@pytest.mark.usefixtures("card")
+def test_the_version_of_triton_is_that_of_the_module_under_whatever_name_it_was_installed(monkeypatch):
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    name = f"sm_90 with 132 multiprocessors, torch {torch.__version__}, triton {triton.__version__}"
+    assert fingerprint("cuda") == name
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert triton_version() is None
 
 
 @pytest.mark.parametrize("variable", FORBIDDEN_VARIABLES)

@@ -14,7 +14,7 @@ import torch
 
 import train.graph
 import train.loop
-from tests.tiny_runs import final_state, tiny_recipe, train_quietly
+from tests.tiny_runs import final_state, tiny_recipe, train_quietly, write_recipe
 from train.checkpoint import load_checkpoint
 from train.compare import compare_runs
 from train.config import load_recipe
@@ -159,14 +159,15 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_full_disk_under_a_checkpoint_is_said_and_leaves_the_last_one(finished, tmp_path, monkeypatch):
-    recipe, path = dataclasses.replace(tiny_recipe(), keep_every=7), tmp_path / "tiny"
+    recipe, path = tiny_recipe(keep_every=7), tmp_path / "tiny"
     _stop_at(monkeypatch, 1)
     with pytest.raises(RunStopped):
         train_quietly(recipe, path)
     monkeypatch.undo()
     before = (path / "checkpoint.pt").read_bytes()
-    flags = ["--recipe", "tiny", "--runs", str(tmp_path), "--quiet", "--device", "cpu", "--threads", "1"]
-    command = [sys.executable, "-c", LIMITED, "run", *flags, "--evaluate.no-score", "--keep-every", "7"]
+    file = write_recipe(recipe, tmp_path / "tiny.json")
+    flags = ["--recipe", str(file), "--runs", str(tmp_path), "--quiet", "--device", "cpu"]
+    command = [sys.executable, "-c", LIMITED, "run", *flags]
     child = subprocess.run(command, check=False, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert child.returncode == 1, child.stderr
     assert "File too large" in child.stderr and "checkpoint.pt.new" in child.stderr

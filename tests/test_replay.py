@@ -1,20 +1,16 @@
 """Updates made again: yes, no down to step and tensor, or why it cannot be checked here."""
 
-import dataclasses
 import json
 import shutil
 
 import pytest
-import torch
 
-import train.replay
+from perceiver.model import Perceiver
+from tests.test_verify import WEIGHT, flip_one_bit
 from tests.tiny_runs import tiny_recipe, train_quietly
 from train import determinism
-from train.certificate import value_digest
-from train.checkpoint import load_checkpoint, save_checkpoint
-from train.replay import replay, verify
-
-WEIGHT = "segmenter.decoder_layers.0.ffn.ffn.linear1.weight"
+from train.replay import CannotCheck, initial_weights, recompute_update, replay
+from train.trace import tensor_digests
 
 
 @pytest.fixture(scope="module")
@@ -31,134 +27,11 @@ def run_dir(finished, tmp_path):
     return tmp_path / "run"
 
 
-def flip_one_bit(path):
-    state = load_checkpoint(path)
-    state.model[WEIGHT].view(torch.int32)[1, 2] ^= 1
-    save_checkpoint(path, state)
-
-
-def checked(verdict):
-    """What was checked, without the note that the sources were edited since."""
-    return tuple(line for line in verdict.lines if not line.startswith("note: the code here"))
-
-
-def edit(path, change):
-    certificate = json.loads(path.read_text())
-    change(certificate)
-    path.write_text(json.dumps(certificate))
-
-
-def test_a_certificate_holds(finished):
-    verdict = verify(finished / "certificate.json")
-    assert verdict.exit_code == 0, verdict
-    assert verdict.sentence == f"yes, {finished / 'certificate.json'} holds"
-    assert checked(verdict) == (
-        "steps 1 to 8: every value the same",
-        "steps 1 to 8, end of stage 1: every bit the same",
-        "steps 9 to 12, end of stage 2: every bit the same",
-        "steps 13 to 20, end of stage 3: every bit the same",
-    )
-
-
-def test_a_certificate_alone_is_checked_as_far_as_it_goes(finished, tmp_path):
-    shutil.copy(finished / "certificate.json", tmp_path)
-    verdict = verify(tmp_path / "certificate.json")
-    assert verdict.exit_code == 2
-    assert "stage1_tail.pt is missing: the end of stage 1 was not recomputed" in verdict.sentence
-    assert checked(verdict) == ("steps 1 to 8: every value the same",)
-
-
-def test_one_flipped_bit_in_a_tail_is_found_down_to_the_tensor(run_dir):
-    flip_one_bit(run_dir / "stage2_tail.pt")
-    verdict = verify(run_dir / "certificate.json")
-    assert verdict.exit_code == 1
-    assert "the checkpoint of step 8: its digest is" in verdict.sentence
-    assert f"first tensor {WEIGHT}, 1 of" in verdict.sentence
-    assert len(checked(verdict)) == 2
-
-
-def test_a_changed_value_is_found_down_to_the_step(run_dir):
-    def nudge(certificate):
-        line = certificate["first"][4]
-        line["grad_norm"] = (float.fromhex(line["grad_norm"]) * (1 + 2**-24)).hex()
-
-    edit(run_dir / "certificate.json", nudge)
-    verdict = verify(run_dir / "certificate.json")
-    assert verdict.exit_code == 1
-    assert "step 5, grad_norm: computed" in verdict.sentence
-
-
-def test_a_final_state_that_was_not_trained_so_is_found(run_dir):
-    edit(run_dir / "certificate.json", lambda c: c["stages"][2]["last"][-1].update(state="0" * 32))
-    verdict = verify(run_dir / "certificate.json")
-    assert verdict.exit_code == 1
-    assert "step 20, state: computed" in verdict.sentence
-
-
-def test_exchanged_rows_are_found(finished, monkeypatch):
-    real = train.replay.stage_data
-
-    def exchanged(recipe, number):
-        data = real(recipe, number)
-        rows = data.train.rows
-        order = torch.arange(len(rows))
-        order[[0, 1]] = order[[1, 0]]
-        ids = (data.train.order_ids[1], data.train.order_ids[0], *data.train.order_ids[2:])
-        other = dataclasses.replace(data.train, rows=rows.rows(order), order_ids=ids, digest="f" * 64)
-        return dataclasses.replace(data, train=other)
-
-    monkeypatch.setattr(train.replay, "stage_data", exchanged)
-    verdict = verify(finished / "certificate.json")
-    assert verdict.exit_code == 1
-    assert f"rows of stage 1, {tiny_recipe().stages[0].data}: their digest is ffff" in verdict.sentence
-
-
-def test_rows_that_cannot_be_had_cannot_be_checked(finished, monkeypatch):
-    def gone(_recipe, _number):
-        raise ValueError("no network")
-
-    monkeypatch.setattr(train.replay, "stage_data", gone)
-    verdict = verify(finished / "certificate.json")
-    assert verdict.exit_code == 2
-    assert "the rows of roofs:easy?points=64&scenes=32 cannot be read: no network" in verdict.sentence
-
-
-def test_another_processor_or_torch_cannot_be_checked(finished, monkeypatch):
+def test_another_processor_or_torch_cannot_be_replayed(finished, monkeypatch):
     monkeypatch.setattr(determinism, "fingerprint", lambda _device: "GenuineIntel family 6, torch 2.12.0")
-    for verdict in (verify(finished / "certificate.json"), replay(finished, 5)):
-        assert verdict.exit_code == 2
-        assert "fingerprint" in verdict.sentence
-        assert "here GenuineIntel family 6, torch 2.12.0: other bits are to be expected" in verdict.sentence
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpus_certificate_cannot_be_checked_without_one(run_dir):
-    edit(run_dir / "certificate.json", lambda c: c["environment"].update(device="cuda", precision="bf16"))
-    verdict = verify(run_dir / "certificate.json")
+    verdict = replay(finished, 5)
     assert verdict.exit_code == 2
-    assert "no CUDA device" in verdict.sentence
-
-
-def test_another_thread_count_is_named(run_dir):
-    edit(run_dir / "certificate.json", lambda c: c["environment"].update(threads="2"))
-    verdict = verify(run_dir / "certificate.json")
-    assert verdict.exit_code == 2
-    assert "it was computed with threads 2, here 1" in verdict.sentence
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
-def test_other_kernels_are_found_down_to_the_term_of_the_loss(run_dir):
-    edit(run_dir / "certificate.json", lambda c: c["environment"].update(impl="triton"))
-    verdict = verify(run_dir / "certificate.json")
-    assert verdict.exit_code == 1
-    assert "step 1, transport: computed" in verdict.sentence
-
-
-def test_a_recipe_of_another_thread_count_contradicts_the_states(run_dir):
-    edit(run_dir / "certificate.json", lambda c: c["recipe"].update(threads=2))
-    verdict = verify(run_dir / "certificate.json")
-    assert verdict.exit_code == 1
-    assert "contradicts itself: stage 1 was computed from another recipe" in verdict.sentence
+    assert "here GenuineIntel family 6, torch 2.12.0: other bits are to be expected" in verdict.sentence
 
 
 def test_a_recipe_of_another_version_cannot_be_checked(run_dir):
@@ -169,36 +42,10 @@ def test_a_recipe_of_another_version_cannot_be_checked(run_dir):
     assert "does not know its recipe: recipe has no key 'momentum'" in verdict.sentence
 
 
-def test_other_code_is_said(finished, tmp_path):
-    shutil.copy(finished / "certificate.json", tmp_path)
-
-    def other_code(certificate):
-        certificate["code"]["digest"] = value_digest("other")
-        for stage in certificate["stages"]:
-            stage["parents"]["code"] = value_digest("other")
-
-    edit(tmp_path / "certificate.json", other_code)
-    assert "the code here is not the certificate's" in verify(tmp_path / "certificate.json").lines[0]
-
-
-def test_what_is_no_certificate_cannot_be_checked(tmp_path):
-    (tmp_path / "certificate.json").write_text("[]")
-    assert verify(tmp_path / "certificate.json").exit_code == 2
-    assert verify(tmp_path / "nothing.json").exit_code == 2
-
-
-def test_weights_of_a_file_at_the_start_cannot_be_had(run_dir):
-    edit(run_dir / "certificate.json", lambda c: c["start"].update({"from": {"file": "published.pt"}}))
-    verdict = verify(run_dir / "certificate.json")
-    assert verdict.exit_code == 2
-    assert "the run began with the weights of published.pt" in verdict.sentence
-    assert len(checked(verdict)) == 3
-
-
 def test_a_step_is_replayed_from_the_nearest_checkpoint(finished):
     verdict = replay(finished, 11)
     assert verdict.exit_code == 0
-    assert checked(verdict) == (
+    assert verdict.lines == (
         "recomputed steps 9 to 11 from stage1.pt: every value and digest of the trace is the same",
     )
     assert replay(finished, 14, steps=4).lines[0].startswith("recomputed steps 9 to 14 from ")
@@ -229,3 +76,45 @@ def test_a_step_that_was_not_made_cannot_be_checked(finished, tmp_path):
     assert "has no step 21" in replay(finished, 21).sentence
     assert replay(finished, 21).exit_code == 2
     assert "has no config.json" in replay(tmp_path, 1).sentence
+
+
+def test_a_run_without_checkpoints_is_replayed_from_its_initial_weights(run_dir):
+    for path in run_dir.glob("*.pt*"):
+        path.unlink()
+    verdict = replay(run_dir, 2)
+    assert verdict.exit_code == 0
+    assert verdict.lines[0].startswith("recomputed steps 1 to 2 from the initial weights: ")
+    (run_dir / "processes.jsonl").unlink()
+    assert "no log of its processes" in replay(run_dir, 2).sentence
+
+
+def test_an_update_made_again_has_every_tensor_and_is_the_runs(finished):
+    again = recompute_update(finished, 9)
+    assert (again.origin, again.notes) == ("stage1.pt", ())
+    lines = [json.loads(line) for line in (finished / "trace.jsonl").read_text().splitlines()]
+    (digests,) = [line["digests"] for line in lines if line["kind"] == "tensors" and line["step"] == 9]
+    assert tensor_digests(again.tensors["after"]) == digests
+    (line,) = [line for line in lines if line["kind"] == "step" and line["step"] == 9]
+    assert again.tensors["loss"]["transport"].item() == float.fromhex(line["transport"])
+    assert again.tensors["gradient"]["norm"].item() == float.fromhex(line["grad_norm"])
+
+
+def test_an_update_from_a_flipped_bit_is_made_and_said_to_be_another_one(run_dir):
+    for name in ("stage1.pt", "stage2_tail.pt"):
+        flip_one_bit(run_dir / name)
+    again = recompute_update(run_dir, 9)
+    assert f"first tensor {WEIGHT}, 1 of" in again.notes[0]
+    assert "step 9, state: computed" in again.notes[1]
+    with pytest.raises(CannotCheck, match=rf"the checkpoint of step 8: .*{WEIGHT}.*; step 9, state: computed"):
+        recompute_update(run_dir, 10)
+
+
+def test_the_initial_weights_are_drawn_again_unless_they_came_from_a_file(run_dir):
+    recipe = tiny_recipe()
+    assert tensor_digests(initial_weights(run_dir)) == tensor_digests(
+        Perceiver(recipe.model, seed=recipe.seed).state_dict()
+    )
+    log = run_dir / "trace.jsonl"
+    log.write_text(log.read_text().replace('"from": null', '"from": {"file": "published.pt"}', 1))
+    with pytest.raises(CannotCheck, match=r"it began with the weights of published\.pt"):
+        initial_weights(run_dir)

@@ -4,16 +4,18 @@
 | --- | --- |
 | L0 math: kernels err no more than twice eager against float64 | test_sinkhorn, test_matching, test_attention |
 | L1 repeat: the same call gives the same bits | the same, and test_step |
-| L2 process: a new process, cold caches, another hash seed | here: another_process_and_hash_seed_and_directory |
+| L2 process: a new process, cold caches, another hash seed | here: another_process_and_hash_seed_... |
 | L3 place: an item's bits do not depend on its batch | test_sinkhorn, test_matching, test_attention |
 | L4 training: two runs of a recipe are identical at every step | here, by `compare`; test_compare finds what differs |
-| L5 resume: stopped anywhere and resumed = never stopped | here: killed_at_random_moments, killed_in_the_middle |
+| L5 resume: stopped anywhere and resumed = never stopped | here: killed_at_random_moments, killed_within_... |
 | L6 workers: any number of workers gives the same bits | not yet: training has one worker |
 | L7 published: a machine that should match and does not says where | test_trace (golden states), test_replay (verify) |
 """
 
+import dataclasses
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,38 +24,32 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_runs import final_state, tiny_recipe, train_quietly
+from tests.tiny_runs import final_state, tiny_recipe, train_quietly, write_recipe
 from train.compare import compare_runs
+from train.config import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-# long enough to be killed in the middle; without a score, without learning much
-QUICK = ["--evaluate.no-score", "--threads", "1", "--log-every", "3"]
-QUICK += ["--stages.2.until", "120", "--stages.2.warmup", "200"]
+
+
+def longer_recipe() -> Recipe:
+    """Long enough to be killed in the middle; without learning much."""
+    *stages, last = tiny_recipe().stages
+    return tiny_recipe(stages=(*stages, dataclasses.replace(last, until=120, warmup=200)), log_every=3)
 
 
 def command(runs: Path, name: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "train",
-        "run",
-        "--recipe",
-        "tiny",
-        "--runs",
-        str(runs),
-        "--name",
-        name,
-        "--quiet",
-        *QUICK,
-    ]
+    runs.mkdir(exist_ok=True)
+    recipe = write_recipe(longer_recipe(), runs / "longer.json")
+    flags = ["--recipe", str(recipe), "--runs", str(runs), "--name", name, "--quiet"]
+    return [sys.executable, "-m", "train", "run", *flags]
 
 
 def environment(hash_seed: int) -> dict[str, str]:
     return {**os.environ, "PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1"}
 
 
-def train(runs: Path, name: str, hash_seed: int = 0) -> None:
-    subprocess.run(command(runs, name), cwd=ROOT, env=environment(hash_seed), check=True, capture_output=True)
+def train(runs: Path, name: str) -> None:
+    subprocess.run(command(runs, name), cwd=ROOT, env=environment(0), check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +59,18 @@ def undisturbed(tmp_path_factory) -> Path:
     return runs / "run"
 
 
-def test_another_process_and_hash_seed_and_directory_give_the_same_bits(undisturbed, tmp_path):
-    train(tmp_path / "else where", "again", hash_seed=12345)
-    assert compare_runs(undisturbed, tmp_path / "else where" / "again").differences == ()
+def test_another_process_and_hash_seed_and_directory_and_cold_caches_give_the_same_bits(undisturbed, tmp_path):
+    place = tmp_path / "else where"
+    for room in ("configs", "kernels", "perceiver", "train"):
+        shutil.copytree(ROOT / room, place / room, ignore=shutil.ignore_patterns("__pycache__"))
+    caches = {name: str(tmp_path / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")}
+    # no package of that name from another place
+    variables = environment(12345) | caches | {"PYTHONPATH": str(place)}
+    subprocess.run(command(place / "runs", "again"), cwd=place, env=variables, check=True, capture_output=True)
+    again = place / "runs" / "again"
+    assert compare_runs(undisturbed, again).differences == ()
+    # it holds the code, and on a GPU the machine code of the kernels
+    assert (again / "certificate.json").read_bytes() == (undisturbed / "certificate.json").read_bytes()
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(undisturbed, tmp_path):
@@ -95,8 +100,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(undisturbed, tmp
     assert final_state(undisturbed) == final_state(tmp_path / "run")
 
 
-# trains tiny again and again in forked processes, each of which kills itself before its n-th operation: an update, a
-# flush or a renaming of a file; prints the operations at which it died
+# trains tiny again and again in forked processes, each of which kills itself at an operation: an update, half-way
+# through a file, before a flush or a renaming; the first ones at a given operation, the others at the n-th
 KILLS = """
 import functools, os, random, signal, sys
 from pathlib import Path
@@ -109,21 +114,41 @@ train.loop.stage_data = functools.cache(train.loop.stage_data)
 for number in (1, 2, 3):
     train.loop.stage_data(recipe, number)
 
-def dying(function, name, left):
+def reached(operation):
+    global left
+    left -= 1
+    return operation == target or left == 0
+
+def die(operation):
+    print(operation, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def dying(function, name, of):
     def inner(*args, **kwargs):
-        left[0] -= 1
-        if left[0] == 0:
-            print(name, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+        operation = f"{name} {of(args, kwargs)}"
+        if reached(operation):
+            die(operation)
         return function(*args, **kwargs)
     return inner
 
-for kill in range(11):
+def opening(self, mode="r", *args, real=Path.open, **kwargs):
+    file = real(self, mode, *args, **kwargs)
+    if mode == "wb" and reached(f"write {self.name}"):
+        file.write(b"half of it")
+        file.flush()
+        die(f"write {self.name}")
+    return file
+
+targets = ["write checkpoint.pt.new", "replace stage1.pt.new", "update 9", "write stage2.pt.new"]
+for kill in range(14):
     child = os.fork()
     if child == 0:
-        left = [rng.randrange(1, 35) if kill < 10 else 10**9]
-        train.graph.advance = dying(train.graph.advance, "update", left)
-        os.replace, os.fsync = dying(os.replace, "replace", left), dying(os.fsync, "fsync", left)
+        target = targets[kill] if kill < 4 else ""
+        left = rng.randrange(1, 40) if 4 <= kill < 13 else 10**9
+        train.graph.advance = dying(train.graph.advance, "update", lambda args, kwargs: int(kwargs["step"]))
+        os.replace = dying(os.replace, "replace", lambda args, kwargs: Path(args[0]).name)
+        os.fsync = dying(os.fsync, "fsync", lambda args, kwargs: Path(os.readlink(f"/proc/self/fd/{args[0]}")).name)
+        Path.open = opening
         train_quietly(recipe, path)
         os._exit(0)
     rng.random()
@@ -131,12 +156,12 @@ for kill in range(11):
 """
 
 
-def test_a_run_killed_in_the_middle_of_updates_and_of_writing_ends_with_the_same_bits(tmp_path):
+def test_a_run_killed_within_updates_and_writing_and_between_stages_ends_with_the_same_bits(tmp_path):
     command = [sys.executable, "-c", KILLS, str(tmp_path / "killed")]
     done = subprocess.run(command, cwd=ROOT, env=environment(3), check=True, capture_output=True, text=True)
-    died = done.stdout.split()
-    assert len(died) == 10
-    assert {"replace", "fsync"} <= set(died)
+    died = done.stdout.splitlines()
+    assert died[:4] == ["write checkpoint.pt.new", "replace stage1.pt.new", "update 9", "write stage2.pt.new"]
+    assert len(died) >= 10
     train_quietly(tiny_recipe(), tmp_path / "undisturbed")
     assert compare_runs(tmp_path / "undisturbed", tmp_path / "killed").differences == ()
     for name in ("metrics.jsonl", "trace.jsonl", "certificate.json"):

@@ -1,11 +1,12 @@
 """The recipe `tiny` without its score: a run of seconds."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from train.checkpoint import load_checkpoint, tensors_digest
-from train.config import Recipe, load_recipe
+from train.config import Recipe, load_recipe, recipe_to_dict
 from train.loop import run
 
 
@@ -13,6 +14,12 @@ def tiny_recipe(**changes: Any) -> Recipe:
     recipe = load_recipe("tiny")
     quick = dataclasses.replace(recipe.evaluate, score=False)
     return dataclasses.replace(recipe, **{"threads": 1, "evaluate": quick, **changes})
+
+
+def write_recipe(recipe: Recipe, path: Path) -> Path:
+    """A file that the command line reads, where the package that reads flags may be absent."""
+    path.write_text(json.dumps(recipe_to_dict(recipe)))
+    return path
 
 
 def train_quietly(recipe: Recipe, run_dir: Path, **options: Any) -> bool:

@@ -21,10 +21,11 @@ from train.determinism import EnvironmentRefused, Machine, enter
 from train.evaluate import SET_TITLES, evaluate_command, scores_path
 from train.loop import RunDiverged, RunStopped, run
 from train.predict import predict_command
-from train.replay import Verdict, replay, verify
+from train.replay import Verdict, replay
 from train.rundir import RunRefused
 from train.sources import SourceUri
 from train.starting_point import LoadedModel, load_model, load_start
+from train.verify import verify
 
 _REFUSALS = (
     ValueError,
@@ -103,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("compare", help="are two runs identical? exit code 0 only if every bit is")
     sub.add_argument("run_a", type=Path)
     sub.add_argument("run_b", type=Path)
+    sub.add_argument(
+        "--no-recompute", action="store_true", help="read files only: do not make the first differing step again"
+    )
     sub.set_defaults(action=_compare)
 
     sub = add("replay", help="recompute updates of a run and check them against its trace: 0 yes, 1 no, 2 cannot")
@@ -237,7 +241,12 @@ def _predict(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _compare(options: argparse.Namespace, _rest: list[str]) -> int:
-    comparison = compare_runs(options.run_a, options.run_b)
+    comparison = compare_runs(
+        options.run_a,
+        options.run_b,
+        recompute=not options.no_recompute,
+        say=lambda line: print(line, file=sys.stderr),
+    )
     print(comparison.sentence)
     for difference in comparison.differences[:20]:
         print(f"  {difference}")

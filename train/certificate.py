@@ -1,14 +1,15 @@
 """certificate.json: what a stranger needs to check a run in minutes, written when its last stage ends.
 
-Format 1 is one JSON object:
+Format 2 is one JSON object:
 
     format        1
     recipe        the resolved recipe
     environment   device, precision, impl, threads, fingerprint (what bits may depend on; runs are compared by it),
                   and for the reader torch, triton, python, cpu capability, gpu
-    code          digest: SHA-256 over path and content of the sources of kernels, perceiver, train and configs, as
-                  the process found them that ended the run; files
-    kernels       cubins: {kernel: [SHA-256 of its machine code, ...]}, or null with `why`
+    code          files: {path: SHA-256} of the sources of kernels, perceiver, train and configs, as the process found
+                  them that ended the run; digest: of all of them
+    kernels       cubins: {kernel: {SHA-256 of its machine code: warps, stages and shared bytes of its launch}} of all
+                  that the run launched, or null with `why`
     start         the first line of the trace: the state before the first update, and the file it came from
     data          per stage uri, train_digest, dev_digest (SHA-256 of the rows in their order) and what became of rows
     first         the trace lines of the first 20 updates, or of all of the first stage where it is shorter
@@ -22,9 +23,10 @@ checks it. Nothing in it varies between two runs of one recipe on one kind of ma
 """
 
 import hashlib
-import importlib.metadata
 import json
 import platform
+import struct
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,15 @@ import torch
 
 from train.checkpoint import write_atomically
 from train.config import ROOT, Recipe, recipe_to_dict
-from train.determinism import Machine
+from train.determinism import Machine, triton_version
 from train.rundir import RunDirectory
 from train.trace import CHECKED_STEPS, Line
 
-FORMAT = 1
+FORMAT = 2
 _ROOMS = ("configs", "kernels", "perceiver", "train")
 _SOURCES = (".py", ".json", ".txt", ".html")
+# SHF_ALLOC and SHT_NOBITS of the ELF format
+_ALLOCATED, _WITHOUT_BYTES = 2, 8
 
 
 class CertificateError(ValueError):
@@ -47,18 +51,18 @@ class CertificateError(ValueError):
 
 
 def write_certificate(
-    directory: RunDirectory, recipe: Recipe, machine: Machine, code: tuple[str, int]
+    directory: RunDirectory, recipe: Recipe, machine: Machine, code: Mapping[str, str]
 ) -> dict[str, Any]:
     """Write certificate.json from the logs of a run whose last stage has ended, and return it.
 
     Args:
-        code: `code_digest` when the process began: sources may be edited while it runs.
+        code: `code_files` when the process began: sources may be edited while it runs.
     Raises:
         CertificateError: the logs lack a line that it needs.
         OSError: the disk refused.
     """
     metrics, trace = directory.read("metrics"), directory.read("trace")
-    digest, files = code
+    digest = value_digest(code)
     start = _only(trace, kind="start")
     scores = directory.path / "scores.json"
     stages: list[dict[str, Any]] = []
@@ -89,8 +93,8 @@ def write_certificate(
         "format": FORMAT,
         "recipe": recipe_to_dict(recipe),
         "environment": describe_environment(machine),
-        "code": {"digest": digest, "files": files},
-        "kernels": describe_kernels(machine),
+        "code": {"digest": digest, "files": dict(code)},
+        "kernels": describe_kernels(machine, directory.read("processes")),
         "start": start,
         "data": data,
         "first": _updates(trace, start["step"], first_end),
@@ -111,6 +115,8 @@ def read_certificate(path: Path) -> dict[str, Any]:
         certificate = json.loads(path.read_text())
         if certificate["format"] != FORMAT:
             raise CertificateError(f"{path} is a certificate of format {certificate['format']}, known is {FORMAT}")
+        if value_digest(certificate["code"]["files"]) != certificate["code"]["digest"]:
+            raise CertificateError(f"{path} contradicts itself: its code has another digest than its files give")
         before = certificate["start"]["state"]
         for stage in certificate["stages"]:
             rows = next(line for line in certificate["data"] if line["stage"] == stage["stage"])
@@ -134,19 +140,11 @@ def read_certificate(path: Path) -> dict[str, Any]:
     return certificate
 
 
-def code_digest(root: Path = ROOT) -> tuple[str, int]:
-    """Return the SHA-256 over path and content of all sources of a run, wherever they lie, and their number."""
-    digest = hashlib.sha256()
-    paths = sorted(
-        path.relative_to(root).as_posix()
-        for room in _ROOMS
-        for path in (root / room).rglob("*")
-        if path.suffix in _SOURCES and path.is_file()
-    )
-    for name in paths:
-        content = (root / name).read_bytes()
-        digest.update(f"{name} {len(content)}\n".encode() + content)
-    return digest.hexdigest(), len(paths)
+def code_files(root: Path = ROOT) -> dict[str, str]:
+    """Return path and SHA-256 of all sources of a run, sorted, wherever they lie."""
+    paths = (path for room in _ROOMS for path in (root / room).rglob("*"))
+    found = {x.relative_to(root).as_posix(): x for x in paths if x.suffix in _SOURCES and x.is_file()}
+    return {name: hashlib.sha256(found[name].read_bytes()).hexdigest() for name in sorted(found)}
 
 
 def value_digest(value: Any) -> str:
@@ -156,44 +154,68 @@ def value_digest(value: Any) -> str:
 
 def describe_environment(machine: Machine) -> dict[str, Any]:
     """Where a run was computed: what its bits may depend on, and what the reader wants to know."""
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
     return {
         **machine.record(),
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": triton_version(),
         "python": platform.python_version(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else None,
     }
 
 
-def describe_kernels(machine: Machine) -> dict[str, Any]:
-    """The machine code that ran: SHA-256 of the cubins that this process compiled or loaded for this project."""
+def describe_kernels(machine: Machine, noted: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The machine code that ran in all processes of a run.
+
+    Args:
+        noted: lines of the run's log `processes`; those of kind "kernels" hold what `loaded_cubins` found.
+    """
     if machine.device.type != "cuda":
         return {"cubins": None, "why": "no kernel ran on a GPU"}
     if machine.impl != "triton":
         return {"cubins": None, "why": f"the run computed with impl {machine.impl!r}"}
-    return {"cubins": loaded_cubins(machine.device.index or 0)}
+    found: dict[str, dict[str, Any]] = {}
+    for line in noted:
+        for name, cubins in line["cubins"].items() if line["kind"] == "kernels" else ():
+            found.setdefault(name, {}).update(cubins)
+    return {"cubins": {name: dict(sorted(found[name].items())) for name in sorted(found)}}
 
 
-def loaded_cubins(device: int) -> dict[str, list[str]]:
-    """Return, for each Triton kernel of the package `kernels` that ran on a device, the SHA-256 of its machine code."""
-    import sys
+def loaded_cubins(device: int) -> dict[str, dict[str, dict[str, int]]]:
+    """Return, for each Triton kernel of the package `kernels` that this process has for a device, its machine code.
 
+    Returns:
+        {kernel: {`machine_code_digest`: {"warps", "stages", "shared_bytes"} of the launch}}, sorted.
+    """
     from triton.runtime.jit import JITFunction
 
-    found: dict[str, set[str]] = {}
+    found: dict[str, dict[str, dict[str, int]]] = {}
     for name, module in sorted(sys.modules.items()):
-        for function in vars(module).values() if name.startswith("kernels.") else ():
+        for function in list(vars(module).values()) if name.startswith("kernels.") else ():
             if isinstance(function, JITFunction) and device in function.device_caches:
-                compiled = function.device_caches[device][0].values()
-                cubins = {hashlib.sha256(kernel.asm["cubin"]).hexdigest() for kernel in compiled}
-                if cubins:
-                    found.setdefault(function.__name__, set()).update(cubins)
-    return {name: sorted(cubins) for name, cubins in sorted(found.items())}
+                for compiled in function.device_caches[device][0].values():
+                    launch = compiled.metadata
+                    options = {"warps": launch.num_warps, "stages": launch.num_stages, "shared_bytes": launch.shared}
+                    found.setdefault(function.__name__, {})[machine_code_digest(compiled.asm["cubin"])] = options
+    return {name: dict(sorted(cubins.items())) for name, cubins in sorted(found.items())}
+
+
+def machine_code_digest(cubin: bytes) -> str:
+    """Return the SHA-256 of what a GPU loads of a cubin: names and bytes of the sections that take memory there.
+
+    The rest of the file depends on where the sources lie and on their comments: paths, line numbers, the PTX text.
+    """
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    # of an ELF section: name, type, flags, address, offset, bytes
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    strings = cubin[sections[names][4] :]
+    digest = hashlib.sha256()
+    for name, kind, flags, _, offset, length in sections:
+        if flags & _ALLOCATED:
+            content = b"" if kind == _WITHOUT_BYTES else cubin[offset : offset + length]
+            digest.update(strings[name : strings.index(0, name)] + b" %d\n" % length + content)
+    return digest.hexdigest()
 
 
 def _updates(trace: Iterable[Line], after: int, until: int) -> list[Line]:

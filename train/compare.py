@@ -1,25 +1,25 @@
 """Are two runs the same, and if not, where do they part? `python -m train compare A B`.
 
 Compared are metrics.jsonl line by line, trace.jsonl step by step where both have a step, all kept checkpoints of equal
-names byte by byte, and, to say why, recipe, data and machine. The first difference names a step and, from the nearest
-checkpoints or digests of tensors, the first tensor in forward order: a term of the loss, the norm of the gradient, a
-weight, a quantity of the optimizer.
+names byte by byte, and, to say why, recipe, data, code and machine. The first difference names a step. Where both runs
+can be recomputed here from a checkpoint before it, that update is made again in both, and the first differing tensor of
+each kind is named in forward order: of the state before it, its rows, activations, terms of the loss, gradients, and of
+the state after it. Digests at the nearest checkpoints, and the checkpoints, name tensors of the state in any case.
 """
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from train.checkpoint import Checkpoint, load_checkpoint
+from train.anatomy import KINDS, Anatomy, differing_tensors
+from train.checkpoint import load_checkpoint
 from train.config import differing_keys
-from train.replay import readable
+from train.replay import CannotCheck, initial_weights, readable, recompute_update
 from train.rundir import RunRefused, read_log, whole_lines
-from train.trace import Line, state_tensors
+from train.trace import Line, in_order, state_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,18 @@ class Comparison:
         return not self.differences
 
 
-def compare_runs(run_a: str | Path, run_b: str | Path) -> Comparison:
+def compare_runs(
+    run_a: str | Path, run_b: str | Path, *, recompute: bool = True, say: Callable[[str], None] | None = None
+) -> Comparison:
     """Compare two runs: their metrics, traces and checkpoints, and what they were computed from.
 
     A trace is only compared where both runs have one. Checkpoints are those that stay: of stage ends, of the updates
     before them, and of `keep_every`.
 
+    Args:
+        recompute: make the first differing update again in both runs, to name the first differing tensor. It takes
+            the time of the updates since the nearest checkpoint, and puts the process into the runs' state.
+        say: receives a line before each recomputation.
     Raises:
         RunRefused: a directory holds no run.
         CheckpointError: a kept checkpoint is damaged.
@@ -51,14 +57,14 @@ def compare_runs(run_a: str | Path, run_b: str | Path) -> Comparison:
     lines = [whole_lines(path / "metrics.jsonl") for path in (a, b)]
     traces = [read_log(path / "trace.jsonl") if (path / "trace.jsonl").is_file() else [] for path in (a, b)]
     metrics = _first_differing_line(*lines)
-    first_step, trace = _first_differing_step(*traces)
+    first, trace = _first_differing_step(*traces)
     stages = [sorted(p.name for p in path.glob("stage[0-9].pt")) for path in (a, b)]
     differences = [*filter(None, [metrics]), *trace]
     if stages[0] != stages[1]:
         differences.append(
             f"finished stages: {', '.join(stages[0]) or 'none'} against {', '.join(stages[1]) or 'none'}"
         )
-    tensors, machines = _differing_checkpoints(a, b)
+    tensors = _differing_checkpoints(a, b)
     if not differences and not tensors:
         steps = sum(line["kind"] == "step" for line in traces[0])
         traced = f"{steps:,} traced steps, " if steps else ""
@@ -66,9 +72,10 @@ def compare_runs(run_a: str | Path, run_b: str | Path) -> Comparison:
             sentence=f"{a} and {b} are identical: {len(lines[0]):,} lines of metrics, {traced}and the weights and "
             f"optimizer states of {len(stages[0])} stages, every bit"
         )
-    causes = [*_differing_recipe(a, b), *machines, *_differing_environment(a, b)]
-    where = f"step {first_step:,} is the first that differs: " if first_step is not None else ""
-    return Comparison(sentence=f"{where}{a} and {b} differ", differences=(*differences, *causes, *tensors))
+    causes = [*_differing_recipe(a, b), *_differing_processes(a, b)]
+    again = _made_again(a, b, first[0], first[1], say or (lambda _line: None)) if first and recompute else []
+    where = f"step {first[1]:,} is the first that differs: " if first else ""
+    return Comparison(sentence=f"{where}{a} and {b} differ", differences=(*differences, *again, *causes, *tensors))
 
 
 def _first_differing_line(a: list[str], b: list[str]) -> str | None:
@@ -86,51 +93,85 @@ def _first_differing_line(a: list[str], b: list[str]) -> str | None:
     return None
 
 
-def _first_differing_step(a: Sequence[Line], b: Sequence[Line]) -> tuple[int | None, list[str]]:
-    """The first step whose values or digests differ, and how; then the first differing digests of tensors."""
+def _first_differing_step(a: Sequence[Line], b: Sequence[Line]) -> tuple[tuple[str, int] | None, list[str]]:
+    """Kind and step of the first difference, and how the lines of the traces and the digests of tensors differ."""
+    digests = _first_differing_digests(a, b)
     steps = [{(x["kind"], x["step"]): x for x in trace if x["kind"] != "tensors"} for trace in (a, b)]
     for kind, step in sorted(steps[0].keys() & steps[1].keys(), key=lambda key: key[1]):
         x, y = steps[0][kind, step], steps[1][kind, step]
         keys = [key for key in x if key in y and x[key] != y[key]]
         if keys:
-            # the loss is the sum of the terms after it, the state comes out of everything before it
-            key = min(keys, key=lambda key: (key == "state", key == "loss"))
-            first = f"trace: first at step {step:,} ({kind}): {key} {readable(x[key])} against {readable(y[key])}"
-            return step, [first, *_first_differing_digests(a, b)]
+            key = in_order(keys)[0]
+            line = f"trace: first at step {step:,} ({kind}): {key} {readable(x[key])} against {readable(y[key])}"
+            if digests and digests[0] < step:
+                return ("step", digests[0]), [digests[1], line]
+            return (kind, step), [line, *([digests[1]] if digests else [])]
+    if digests:
+        return ("step", digests[0]), [digests[1]]
     ends = [max((step for _, step in x), default=0) for x in steps]
     if steps[0] and steps[1] and ends[0] != ends[1]:
         return None, [f"trace: one run ends at step {ends[0]:,}, the other at step {ends[1]:,}"]
-    return None, [*_first_differing_digests(a, b)]
+    return None, []
 
 
-def _first_differing_digests(a: Sequence[Line], b: Sequence[Line]) -> Iterator[str]:
-    """Name the first differing tensor from the digests at the nearest checkpoint of both runs."""
+def _first_differing_digests(a: Sequence[Line], b: Sequence[Line]) -> tuple[int, str] | None:
+    """The first checkpoint of both runs at which digests of tensors differ, and of which."""
     digests = [{x["step"]: x["digests"] for x in trace if x["kind"] == "tensors"} for trace in (a, b)]
     for step in sorted(digests[0].keys() & digests[1].keys()):
         x, y = digests[0][step], digests[1][step]
         names = [name for name in {**x, **y} if x.get(name) != y.get(name)]
         if names:
-            yield f"tensors of step {step:,}: first {names[0]}; {len(names)} of {len({**x, **y})} differ"
-            return
+            return step, f"tensors of step {step:,}: first {names[0]}; {len(names)} of {len({**x, **y})} differ"
+    return None
 
 
-def _differing_checkpoints(a: Path, b: Path) -> tuple[list[str], list[str]]:
-    """What differs in the checkpoints that both runs keep, and in the machines that computed them."""
+def _made_again(a: Path, b: Path, kind: str, step: int, say: Callable[[str], None]) -> list[str]:
+    """Make the first differing update, or the initial weights, again in both runs, and name what differs first."""
+    found: list[Anatomy] = []
+    lines: list[str] = []
+    for path in (a, b):
+        say(f"making {'the initial weights' if kind == 'start' else f'step {step:,}'} of {path} again")
+        try:
+            if kind == "start":
+                found.append({"before": initial_weights(path)})
+                continue
+            again = recompute_update(path, step)
+        except CannotCheck as reason:
+            lines.append(f"recomputed: not step {step:,} of {path}: {reason}")
+            continue
+        found.append(again.tensors)
+        agrees = f"but {'; '.join(again.notes)}" if again.notes else "and it is as its trace says"
+        lines.append(f"recomputed: step {step:,} of {path}, from {again.origin}, {agrees}")
+    if len(found) == 2:
+        lines += _first_of_each_kind(found[0], found[1], step)
+    return lines
+
+
+def _first_of_each_kind(a: Anatomy, b: Anatomy, step: int) -> Iterator[str]:
+    """Where two anatomies of an update part, kind by kind in forward order."""
+    same = []
+    for kind in (kind for kind in KINDS if kind in a):
+        if differing := differing_tensors(a[kind], b[kind]):
+            total = len({**a[kind], **b[kind]})
+            yield f"recomputed: step {step:,}, {kind}: first {differing[0]}; {len(differing)} of {total} differ"
+        else:
+            same.append(kind)
+    if same and "after" in same:
+        yield f"recomputed: step {step:,}: every tensor is the same here: it is not recipe, rows or state that differ"
+    elif same:
+        yield f"recomputed: step {step:,}, {', '.join(same)}: the same"
+
+
+def _differing_checkpoints(a: Path, b: Path) -> list[str]:
+    """What differs in the checkpoints that both runs keep."""
     patterns = ("stage[0-9]_tail.pt", "stage[0-9].pt", "step*.pt")
     names = {p.name for pattern in patterns for p in a.glob(pattern) if (b / p.name).is_file()}
     found: list[tuple[int, list[str]]] = []
-    machines: list[str] = []
     for name in sorted(names):
         x, y = (load_checkpoint(path / name) for path in (a, b))
         tensors = [state_tensors(state.model, state.optimizer) for state in (x, y)]
-        found.append((x.step, [f"{name}: {text}" for text in _differing_tensors(*tensors)]))
-        machines = machines or _differing_machines(x, y)
-    return [text for _, texts in sorted(found, key=lambda item: item[0]) for text in texts], machines
-
-
-def _differing_machines(a: Checkpoint, b: Checkpoint) -> list[str]:
-    keys = [key for key in {**a.machine, **b.machine} if a.machine.get(key) != b.machine.get(key)]
-    return [f"machine: {key} {a.machine.get(key)} against {b.machine.get(key)}" for key in keys]
+        found.append((x.step, [f"{name}: {text}" for text in differing_tensors(*tensors)]))
+    return [text for _, texts in sorted(found, key=lambda item: item[0]) for text in texts]
 
 
 def _differing_recipe(a: Path, b: Path) -> list[str]:
@@ -154,36 +195,29 @@ def _value(values: Any, key: str) -> Any:
     return values
 
 
-def _differing_environment(a: Path, b: Path) -> list[str]:
-    """What the certificates say differs in code and environment."""
-    paths = [path / "certificate.json" for path in (a, b)]
-    if not all(path.is_file() for path in paths):
-        return []
-    x, y = (json.loads(path.read_text()) for path in paths)
-    said = [{**c["environment"], "code": c["code"]["digest"], "cubins": c["kernels"]["cubins"]} for c in (x, y)]
-    already = {"device", "precision", "impl", "threads", "fingerprint"}
-    keys = [key for key in said[0] if key not in already and said[0][key] != said[1].get(key)]
-    return [f"environment: {key} {said[0][key]} against {said[1].get(key)}" for key in keys]
+def _differing_processes(a: Path, b: Path) -> Iterator[str]:
+    """What differs in code, environment and machine code between the processes that computed the runs."""
+    x, y = (_computed_with(path) for path in (a, b))
+    if not x or not y:
+        return
+    for name in sorted({**x, **y}):
+        p, q = x.get(name, []), y.get(name, [])
+        if p != q and name.startswith("environment "):
+            yield f"{name}: {', '.join(p)} against {', '.join(q)}"
+        elif p != q:
+            yield f"{name} differs"
 
 
-def _differing_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
-    """One line per tensor that differs: how many elements, and how much."""
-    found = []
-    for name in {**a, **b}:
-        if name not in a or name not in b:
-            found.append(f"{name} is in one run only")
-        elif a[name].shape != b[name].shape or a[name].dtype != b[name].dtype:
-            found.append(
-                f"{name} is {a[name].dtype} {tuple(a[name].shape)} against {b[name].dtype} {tuple(b[name].shape)}"
-            )
+def _computed_with(path: Path) -> dict[str, list[str]]:
+    """Everything that the processes of a run noted, by name: sources, environment, machine code of kernels."""
+    log = path / "processes.jsonl"
+    found: dict[str, set[str]] = {}
+    for line in read_log(log) if log.is_file() else []:
+        if line["kind"] == "kernels":
+            values = {f"machine code of {name}": cubins for name, cubins in line["cubins"].items()}
         else:
-            same = _bytes(a[name]) == _bytes(b[name])
-            if not same.all():
-                elements = int((~same).reshape(max(a[name].numel(), 1), -1).any(dim=1).sum())
-                much = float((a[name].double() - b[name].double()).abs().max())
-                found.append(f"{name}: {elements:,} of {a[name].numel():,} elements differ, at most by {much:.3g}")
-    return found
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+            values = {f"environment {name}": [str(value)] for name, value in line["environment"].items()}
+            values |= {f"code {name}": [digest] for name, digest in line["code"].items()}
+        for name, value in values.items():
+            found.setdefault(name, set()).update(value)
+    return {name: sorted(values) for name, values in found.items()}

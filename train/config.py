@@ -169,10 +169,12 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names of the values in which two recipes (as plain values) differ, dotted."""
+    """Names of the values in which two recipes (as plain values) differ, dotted; stages count from 0."""
     names: list[str] = []
     for key in sorted({*a, *b}):
         left, right = a.get(key), b.get(key)
+        if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+            left, right = ({str(i): x for i, x in enumerate(values)} for values in (left, right))
         if isinstance(left, Mapping) and isinstance(right, Mapping):
             names += differing_keys(left, right, f"{prefix}{key}.")
         elif left != right:

@@ -5,7 +5,6 @@ the recipe says. On a CPU: the number of threads, which is part of the bits. `fi
 beside the recipe.
 """
 
-import importlib.metadata
 import os
 import re
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from kernels.dispatch import resolve
 
 CUBLAS_WORKSPACE = ":4096:8"
 PRECISIONS = ("fp32", "tf32", "bf16")
-# variables that make libraries choose other code than the processor's own, unseen by the fingerprint
+# variables that make libraries choose or compile other code than by themselves, unseen by the fingerprint
 FORBIDDEN_VARIABLES = (
     "MKL_CBWR",
     "MKL_DEBUG_CPU_TYPE",
@@ -27,6 +26,15 @@ FORBIDDEN_VARIABLES = (
     "DNNL_MAX_CPU_ISA",
     "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "PYTORCH_TUNABLEOP_ENABLED",
+    "TRITON_F32_DEFAULT",
+    "TRITON_DEFAULT_FP_FUSION",
+    "TRITON_KERNEL_OVERRIDE",
+    "TRITON_OVERRIDE_ARCH",
+    "DISABLE_LLVM_OPT",
+    "DISABLE_PTXAS_OPT",
+    "PTXAS_OPTIONS",
 )
 
 
@@ -71,8 +79,14 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
         EnvironmentRefused: a variable makes libraries choose other code, or a setting comes too late to change.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that is there, got {device!r} and no CUDA device")
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device must be one that is there, got {device!r} and no CUDA device")
+        # before anything asks the card what it is, which starts CUDA
+        _fix_cublas_workspace()
+        if place.index is not None:
+            # Triton launches on the current device, wherever the tensors are
+            torch.cuda.set_device(place)
     # older GPUs have neither the bfloat16 nor the shared memory that the kernels are written for
     modern = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
     if precision == "auto":
@@ -87,11 +101,11 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
     for variable in FORBIDDEN_VARIABLES:
         if variable in os.environ:
             raise EnvironmentRefused(
-                f"{variable} must not be set, it is {os.environ[variable]!r} and changes how matrix products are "
-                f"computed: unset {variable} and start again"
+                f"{variable} must not be set, it is {os.environ[variable]!r} and changes how results are computed: "
+                f"unset {variable} and start again"
             )
-    if place.type == "cuda":
-        _fix_cublas_workspace()
+    if place.type == "cuda" and impl == "triton" and os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise EnvironmentRefused("TRITON_INTERPRET must not be set on a GPU: unset TRITON_INTERPRET and start again")
     machine = Machine(device=place, precision=precision, impl=impl, threads=threads)
     _set_state(machine)
     check_state(machine)
@@ -143,12 +157,21 @@ def fingerprint(device: torch.device | str = "cpu") -> str:
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         place = f"sm_{card.major}{card.minor} with {card.multi_processor_count} multiprocessors"
-        return f"{place}, torch {torch.__version__}, triton {importlib.metadata.version('triton')}"
+        return f"{place}, torch {torch.__version__}, triton {triton_version()}"
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     info = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
     place = f"{info.get('vendor_id')} family {info.get('cpu family')} model {info.get('model')}"
     return f"{place} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__.split('+')[0]}"
+
+
+def triton_version() -> str | None:
+    """The version of Triton that is imported here, under whatever name it was installed; None without one."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
 
 
 def _set_state(machine: Machine) -> None:

@@ -138,7 +138,8 @@ def _torch(torch: Any) -> Iterator[Finding]:
     known = (2, 11) <= release <= (2, 13)
     value = f"{torch.__version__}, {build}" + ("" if known else "; written for 2.11 to 2.13")
     yield Finding(topic="PyTorch", name="torch", value=value, level="ok" if known else "note")
-    triton = installed("triton")
+    # NVIDIA's and nightly builds of PyTorch bring it under another name
+    triton = installed("triton") or installed("pytorch-triton")
     value = triton or "not installed: eager operators only"
     yield Finding(topic="PyTorch", name="triton", value=value, level="ok" if triton else "note")
     yield Finding(topic="PyTorch", name="CPU capability", value=torch.backends.cpu.get_cpu_capability())
@@ -180,7 +181,7 @@ def _flags(torch: Any) -> Iterator[Finding]:
 
     for variable in FORBIDDEN_VARIABLES:
         if variable in os.environ:
-            value = f"{os.environ[variable]}: changes how matrix products are computed; cure: unset {variable}"
+            value = f"{os.environ[variable]}: changes how results are computed; cure: unset {variable}"
             yield Finding(topic="Flags at start", name=variable, value=value, level="error")
 
 

@@ -16,7 +16,7 @@ import torch
 from perceiver.model import Perceiver
 from perceiver.score import ScorePool, require_scorer
 from train.batches import StageBatches, stage_data
-from train.certificate import code_digest, write_certificate
+from train.certificate import code_files, describe_environment, loaded_cubins, write_certificate
 from train.checkpoint import Checkpoint, load_newest, save_checkpoint, tensors_digest
 from train.config import Recipe, StageConfig, recipe_to_dict
 from train.data import StageData, describe_coverage
@@ -84,6 +84,7 @@ def run(
         trainer.restore(start)
         if trainer.step == recipe.stages[-1].until:
             return False
+        trainer.note_process()
         with signals_noted() as caught:
             for number, stage in enumerate(recipe.stages, start=1):
                 if trainer.step < stage.until:
@@ -116,10 +117,11 @@ class _Trainer:
         self.model = Perceiver(recipe.model, seed=recipe.seed).to(machine.device)
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.trace = Trace(recipe, lambda lines: directory.extend("trace", lines))
-        self.code = code_digest()
+        self.code = code_files()
         self.step = 0
         self._data: StageData | None = None
         self._data_uri = ""
+        self._cubins: dict[str, dict[str, dict[str, int]]] = {}
 
     def restore(self, start: StartPoint | None) -> None:
         """Take the state of the newest checkpoint, or of `start`, or the initial one; cut the logs back to it."""
@@ -148,6 +150,11 @@ class _Trainer:
             self.directory.clear_logs()
             self.trace.start(self.step, stage, origin, self._state())
         self.directory.cut_logs(self.step)
+
+    def note_process(self) -> None:
+        """Log where and with which sources this process computes: what a comparison of runs wants to know."""
+        environment = describe_environment(self.machine)
+        self.directory.append("processes", kind="process", step=self.step, environment=environment, code=self.code)
 
     def _check_origin(self, stage: int, origin: Mapping[str, Any] | None) -> None:
         """Refuse to go on with a run that began from other weights, or at another stage, than is asked for now."""
@@ -249,6 +256,7 @@ class _Trainer:
             self.say(format_scores(evaluation, set_name="dev"))
         if number == len(self.recipe.stages):
             self.trace.flush()
+            self._note_kernels()
             write_certificate(self.directory, self.recipe, self.machine, self.code)
 
     def _evaluate(self, number: int, stage: StageConfig, data: StageData, *, scenes: int) -> Evaluation | None:
@@ -328,8 +336,17 @@ class _Trainer:
     def _state(self) -> dict[str, torch.Tensor]:
         return state_tensors(self.model.state_dict(), self.optimizer.state_dict())
 
+    def _note_kernels(self) -> None:
+        """Log the machine code that this process ran. What a killed one ran is in its log, or is run again."""
+        if self.machine.device.type == "cuda" and self.machine.impl == "triton":
+            cubins = loaded_cubins(torch.cuda.current_device())
+            if cubins != self._cubins:
+                self.directory.append("processes", kind="kernels", step=self.step, cubins=cubins)
+            self._cubins = cubins
+
     def _save(self, path: Path) -> None:
         self.trace.flush()
+        self._note_kernels()
         self.directory.flush_logs()
         save_checkpoint(
             path,

@@ -1,8 +1,7 @@
-"""Was it computed so? Updates are made again and compared with what a run or its certificate says of them.
+"""Was it computed so? Updates are made again and compared with what a run says of them.
 
-`replay` checks updates of a run directory, `verify` a certificate: the first 20 updates of the run and the last 20 of
-each stage, the latter from `stage<k>_tail.pt` beside it. The answer is yes, no with the first difference, or that it
-cannot be checked here and why.
+`replay` checks updates of a run directory against its trace. The answer is yes, no with the first difference, or that
+it cannot be checked here and why. `recompute_update` keeps every tensor of one update.
 """
 
 import json
@@ -11,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from perceiver.loss import Loss
 from perceiver.model import Perceiver
+from train.anatomy import Anatomy, copies, watch_update
 from train.batches import StageBatches, stage_data
-from train.certificate import CertificateError, code_digest, read_certificate
 from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from train.config import Recipe, recipe_from_dict
 from train.data import StageData
@@ -21,7 +23,7 @@ from train.determinism import EnvironmentRefused, Machine, enter
 from train.optim import build_optimizer, learning_rate, load_optimizer_state
 from train.rundir import read_log
 from train.step import update
-from train.trace import Line, Trace, digest, state_tensors, tensor_digests
+from train.trace import Line, Trace, digest, in_order, state_tensors, tensor_digests
 
 
 class CannotCheck(RuntimeError):
@@ -41,7 +43,16 @@ class Verdict:
         return {True: 0, False: 1, None: 2}[self.agrees]
 
 
-class _Differs(Exception):
+@dataclass(frozen=True, kw_only=True)
+class Recomputed:
+    """An update that was made again. origin: from what; notes: how it differs from what the run says of it."""
+
+    tensors: Anatomy
+    origin: str
+    notes: tuple[str, ...]
+
+
+class Differs(Exception):
     """The first difference."""
 
 
@@ -67,58 +78,73 @@ def replay(run_dir: str | Path, step: int, *, steps: int = 1, device: str | None
         if missing or steps < 1:
             raise CannotCheck(f"the trace of {path} has no step {missing[0] if missing else step}")
         name, checkpoint, machine = _nearest_state(path, recipe, trace, begin, device)
-        past = _Past(recipe, machine, _rows_of_run(path))
+        past = Past(recipe, machine, _rows_of_run(path))
         past.begin(checkpoint, trace)
         for line in past.updates(step):
-            _check_line(line, by_step[line["step"]], past, trace)
+            check_line(line, by_step[line["step"]], past, trace)
     except CannotCheck as reason:
         return Verdict(agrees=None, sentence=f"step {step:,} of {path} cannot be checked here: {reason}")
-    except _Differs as difference:
+    except Differs as difference:
         return Verdict(agrees=False, sentence=f"no, {path} was not computed so: {difference}")
     start = checkpoint.step if checkpoint else 0
     note = f"recomputed steps {start + 1:,} to {step:,} from {name}: every value and digest of the trace is the same"
     return Verdict(agrees=True, sentence=f"yes, step {step:,} of {path} was computed so", lines=(note,))
 
 
-def verify(path: str | Path, *, device: str | None = None) -> Verdict:
-    """Recompute what a certificate says of the first 20 updates and of the last 20 of each stage.
+def recompute_update(run_dir: str | Path, step: int, *, device: str | None = None) -> Recomputed:
+    """Make update `step` of a run again, from the nearest checkpoint before it, and keep every tensor of it.
 
-    Args:
-        path: certificate.json; the ends of stages are checked where their stage<k>_tail.pt lie beside it.
-        device: where; None takes the certificate's own kind of device.
-    Returns:
-        Yes, no with the first difference, or why it cannot be checked here: another processor or GPU, another torch or
-        Triton, rows that cannot be had, or a missing checkpoint (what can be checked without it was checked).
-    Determinism: depends on the certificate, the files beside it and the machine only.
+    Raises:
+        CannotCheck: there is no such checkpoint, the rows are not there, this machine computes other bits, or an update
+            on the way is not what the trace says, so that the state before `step` would not be the run's.
     """
-    path = Path(path)
-    done: list[str] = []
+    path, notes = Path(run_dir), []
+    recipe, trace = _read_run(path)
+    by_step = {line["step"]: line for line in trace if line["kind"] == "step"}
+    name, checkpoint, machine = _nearest_state(path, recipe, trace, step - 1, device)
+    past = Past(recipe, machine, _rows_of_run(path))
     try:
-        certificate = read_certificate(path)
-        recipe = _known_recipe(certificate["recipe"])
-        code, _ = code_digest()
-        if code != certificate["code"]["digest"]:
-            done.append("note: the code here is not the certificate's; its updates are recomputed with the code here")
-        machine = _same_machine(recipe, certificate["environment"], device)
-        trace = _trace_beside(path)
-        past = _Past(recipe, machine, {row["stage"]: row for row in certificate["data"]})
-        missing = _verify_start(certificate, past, trace, done)
-        for stage in certificate["stages"]:
-            missing += _verify_end(path.parent, stage, past, trace, done)
-        if missing:
-            raise CannotCheck("; ".join(missing))
-    except CertificateError as error:
-        contradiction = path.is_file() and "contradicts itself" in str(error)
-        start = "no: " if contradiction else "cannot be checked here: "
-        return Verdict(agrees=False if contradiction else None, sentence=f"{start}{error}")
-    except CannotCheck as reason:
-        return Verdict(agrees=None, sentence=f"{path} cannot be checked here: {reason}", lines=tuple(done))
-    except _Differs as difference:
-        return Verdict(agrees=False, sentence=f"no, {path} does not hold: {difference}", lines=tuple(done))
-    return Verdict(agrees=True, sentence=f"yes, {path} holds", lines=tuple(done))
+        past.begin(checkpoint, trace)
+    except Differs as difference:
+        # a run may have gone on from a damaged state, and then it differs by that
+        notes.append(str(difference))
+    try:
+        for line in past.updates(step - 1):
+            check_line(line, by_step.get(line["step"], {}), past, trace)
+        before = copies(past.state())
+        with watch_update(past.model) as seen:
+            (line,) = past.updates(step)
+    except Differs as difference:
+        raise CannotCheck("; ".join([*notes, str(difference)])) from difference
+    try:
+        check_line(line, by_step.get(step, {}), past, trace)
+        if which := past.which_tensor(trace):
+            raise Differs(f"the state after step {step:,} is another one{which}")
+    except Differs as difference:
+        notes.append(str(difference))
+    # the total is the sum of the terms after it
+    terms = [*Loss._fields[1:], "loss"]
+    seen["loss"] = {term: torch.tensor(float.fromhex(line[term])) for term in terms}
+    seen["gradient"]["norm"] = torch.tensor(float.fromhex(line["grad_norm"]))
+    return Recomputed(
+        tensors={**seen, "before": before, "after": copies(past.state())}, origin=name, notes=tuple(notes)
+    )
 
 
-class _Past:
+def initial_weights(run_dir: str | Path) -> dict[str, torch.Tensor]:
+    """Draw the weights that a run began with again.
+
+    Raises:
+        CannotCheck: they came from a file, or the directory lacks what says so.
+    """
+    recipe, trace = _read_run(Path(run_dir))
+    start = next((line for line in trace if line["kind"] == "start"), {"from": {}})
+    if start["from"] is not None:
+        raise CannotCheck(f"it began with the weights of {start['from'].get('file', 'an unknown file')}")
+    return copies(Perceiver(recipe.model, seed=recipe.seed).state_dict())
+
+
+class Past:
     """A model and an optimizer that make the updates of a run again."""
 
     def __init__(self, recipe: Recipe, machine: Machine, rows: Mapping[int, Mapping[str, Any]]):
@@ -137,7 +163,7 @@ class _Past:
         said = [line["state"] for line in trace if line["step"] == self.step and "state" in line]
         if said and said[0] != digest(self.state()):
             what = f"the checkpoint of step {self.step:,}" if checkpoint else "the initial weights"
-            raise _Differs(
+            raise Differs(
                 f"{what}: its digest is {digest(self.state())}, the trace says {said[0]}{self.which_tensor(trace)}"
             )
 
@@ -185,18 +211,18 @@ class _Past:
                 raise CannotCheck(f"the rows of {uri} cannot be read: {error}") from error
         data, said = self._loaded[1], self._rows[number]["train_digest"]
         if data.train.digest != said:
-            raise _Differs(f"rows of stage {number}, {uri}: their digest is {data.train.digest}, it says {said}")
+            raise Differs(f"rows of stage {number}, {uri}: their digest is {data.train.digest}, it says {said}")
         return data
 
 
-def _check_line(found: Line, said: Line, past: _Past, trace: Sequence[Line]) -> None:
+def check_line(found: Line, said: Line, past: Past, trace: Sequence[Line]) -> None:
     """Compare the lines of one update, value by value in the order in which they are computed."""
-    for name in [*(name for name in found if name not in ("loss", "state")), "loss", "state"]:
+    for name in in_order(found):
         a, b = found.get(name), said.get(name)
         if a == b or name not in said:
             continue
         which = past.which_tensor(trace) if name == "state" else ""
-        raise _Differs(f"step {found['step']:,}, {name}: computed {readable(a)}, it says {readable(b)}{which}")
+        raise Differs(f"step {found['step']:,}, {name}: computed {readable(a)}, it says {readable(b)}{which}")
 
 
 def readable(value: Any) -> Any:
@@ -206,41 +232,7 @@ def readable(value: Any) -> Any:
     return value
 
 
-def _verify_start(certificate: Mapping[str, Any], past: _Past, trace: Sequence[Line], done: list[str]) -> list[str]:
-    """Check the first updates; return why they cannot be."""
-    start, lines = certificate["start"], certificate["first"]
-    if start["from"]:
-        return [f"the run began with the weights of {start['from'].get('file')}, which are not here"]
-    past.begin(None, [start, *trace])
-    for found, said in zip(past.updates(lines[-1]["step"]), lines, strict=True):
-        _check_line(found, said, past, trace)
-    done.append(f"steps 1 to {lines[-1]['step']:,}: every value the same")
-    return []
-
-
-def _verify_end(
-    directory: Path, stage: Mapping[str, Any], past: _Past, trace: Sequence[Line], done: list[str]
-) -> list[str]:
-    """Check the last updates of a stage from the state before them; return why they cannot be."""
-    file = directory / f"stage{stage['stage']}_tail.pt"
-    if not file.is_file():
-        return [f"{file.name} is missing: the end of stage {stage['stage']} was not recomputed"]
-    try:
-        checkpoint = load_checkpoint(file)
-    except CheckpointError as error:
-        raise _Differs(str(error)) from error
-    if checkpoint.step != stage["tail"]["step"]:
-        raise _Differs(f"{file.name} is of step {checkpoint.step:,}, the certificate says {stage['tail']['step']:,}")
-    past.begin(checkpoint, [{"kind": "step", **stage["tail"]}, *trace])
-    for found, said in zip(past.updates(stage["step"]), stage["last"], strict=True):
-        _check_line(found, said, past, trace)
-    done.append(
-        f"steps {checkpoint.step + 1:,} to {stage['step']:,}, end of stage {stage['stage']}: every bit the same"
-    )
-    return []
-
-
-def _same_machine(recipe: Recipe, record: Mapping[str, str], device: str | None) -> Machine:
+def same_machine(recipe: Recipe, record: Mapping[str, str], device: str | None) -> Machine:
     """Enter the deterministic state and refuse a machine other than the recorded one."""
     try:
         machine = enter(
@@ -264,10 +256,11 @@ def _read_run(path: Path) -> tuple[Recipe, list[Line]]:
     for name in ("config.json", "trace.jsonl", "metrics.jsonl"):
         if not (path / name).is_file():
             raise CannotCheck(f"{path} has no {name}")
-    return _known_recipe(json.loads((path / "config.json").read_text())), read_log(path / "trace.jsonl")
+    return known_recipe(json.loads((path / "config.json").read_text())), read_log(path / "trace.jsonl")
 
 
-def _known_recipe(values: Mapping[str, Any]) -> Recipe:
+def known_recipe(values: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run; `CannotCheck` where this version of the program has no such values."""
     try:
         return recipe_from_dict(values)
     except ValueError as error:
@@ -292,18 +285,12 @@ def _nearest_state(
             found.append((file.name, checkpoint))
     if found:
         name, checkpoint = max(found, key=lambda item: item[1].step)
-        return name, checkpoint, _same_machine(recipe, checkpoint.machine, device)
+        return name, checkpoint, same_machine(recipe, checkpoint.machine, device)
     start = next((line for line in trace if line["kind"] == "start"), None)
     if start is None or start["from"]:
         raise CannotCheck(f"{path} has no checkpoint of step {before:,} or before, and began with weights of a file")
-    newest = path / "checkpoint.pt"
-    record = load_checkpoint(newest).machine if newest.is_file() else None
-    if record is None:
-        raise CannotCheck(f"{path} has no checkpoint, so nothing says what computed it")
-    return "the initial weights", None, _same_machine(recipe, record, device)
-
-
-def _trace_beside(certificate: Path) -> list[Line]:
-    """The trace of the run that left the certificate, where it is there: it names tensors."""
-    path = certificate.with_name("trace.jsonl")
-    return read_log(path) if path.is_file() else []
+    log = path / "processes.jsonl"
+    process = next((line for line in read_log(log) if line["kind"] == "process"), None) if log.is_file() else None
+    if process is None:
+        raise CannotCheck(f"{path} has no checkpoint of step {before:,} or before, and no log of its processes")
+    return "the initial weights", None, same_machine(recipe, process["environment"], device)

@@ -2,7 +2,8 @@
 
 config.json    the resolved recipe         metrics.jsonl     deterministic values only; trace.jsonl likewise
 speed.jsonl    times, rates, memory        checkpoint.pt     the newest state; stage<k>.pt the state after stage k
-                                           certificate.json  what a stranger needs to check the run
+processes.jsonl  code, environment and     certificate.json  what a stranger needs to check the run
+               machine code of each process that computed it
 """
 
 import contextlib

@@ -1,0 +1,189 @@
+"""A certificate holds: yes, no down to step and tensor, or why it cannot be checked here."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+import train.replay
+from tests.tiny_runs import tiny_recipe, train_quietly
+from train import determinism
+from train.certificate import value_digest
+from train.checkpoint import load_checkpoint, save_checkpoint
+from train.verify import verify
+
+WEIGHT = "segmenter.decoder_layers.0.ffn.ffn.linear1.weight"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    train_quietly(tiny_recipe(), path)
+    return path
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    """A copy to spoil."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flip_one_bit(path):
+    state = load_checkpoint(path)
+    state.model[WEIGHT].view(torch.int32)[1, 2] ^= 1
+    save_checkpoint(path, state)
+
+
+def checked(verdict):
+    """What was checked, without the note that the sources were edited since."""
+    return tuple(line for line in verdict.lines if not line.startswith("note: the code here"))
+
+
+def edit(path, change):
+    certificate = json.loads(path.read_text())
+    change(certificate)
+    path.write_text(json.dumps(certificate))
+
+
+def test_a_certificate_holds(finished):
+    verdict = verify(finished / "certificate.json")
+    assert verdict.exit_code == 0, verdict
+    assert verdict.sentence == f"yes, {finished / 'certificate.json'} holds"
+    assert checked(verdict) == (
+        "steps 1 to 8: every value the same",
+        "steps 1 to 8, end of stage 1: every bit the same",
+        "steps 9 to 12, end of stage 2: every bit the same",
+        "steps 13 to 20, end of stage 3: every bit the same",
+    )
+
+
+def test_a_certificate_alone_is_checked_as_far_as_it_goes(finished, tmp_path):
+    shutil.copy(finished / "certificate.json", tmp_path)
+    verdict = verify(tmp_path / "certificate.json")
+    assert verdict.exit_code == 2
+    assert "stage1_tail.pt is missing: the end of stage 1 was not recomputed" in verdict.sentence
+    assert checked(verdict) == ("steps 1 to 8: every value the same",)
+
+
+def test_one_flipped_bit_in_a_tail_is_found_down_to_the_tensor(run_dir):
+    flip_one_bit(run_dir / "stage2_tail.pt")
+    verdict = verify(run_dir / "certificate.json")
+    assert verdict.exit_code == 1
+    assert "the checkpoint of step 8: its digest is" in verdict.sentence
+    assert f"first tensor {WEIGHT}, 1 of" in verdict.sentence
+    assert len(checked(verdict)) == 2
+
+
+def test_a_changed_value_is_found_down_to_the_step(run_dir):
+    def nudge(certificate):
+        line = certificate["first"][4]
+        line["grad_norm"] = (float.fromhex(line["grad_norm"]) * (1 + 2**-24)).hex()
+
+    edit(run_dir / "certificate.json", nudge)
+    verdict = verify(run_dir / "certificate.json")
+    assert verdict.exit_code == 1
+    assert "step 5, grad_norm: computed" in verdict.sentence
+
+
+def test_a_final_state_that_was_not_trained_so_is_found(run_dir):
+    edit(run_dir / "certificate.json", lambda c: c["stages"][2]["last"][-1].update(state="0" * 32))
+    verdict = verify(run_dir / "certificate.json")
+    assert verdict.exit_code == 1
+    assert "step 20, state: computed" in verdict.sentence
+
+
+def test_exchanged_rows_are_found(finished, monkeypatch):
+    real = train.replay.stage_data
+
+    def exchanged(recipe, number):
+        data = real(recipe, number)
+        rows = data.train.rows
+        order = torch.arange(len(rows))
+        order[[0, 1]] = order[[1, 0]]
+        ids = (data.train.order_ids[1], data.train.order_ids[0], *data.train.order_ids[2:])
+        other = dataclasses.replace(data.train, rows=rows.rows(order), order_ids=ids, digest="f" * 64)
+        return dataclasses.replace(data, train=other)
+
+    monkeypatch.setattr(train.replay, "stage_data", exchanged)
+    verdict = verify(finished / "certificate.json")
+    assert verdict.exit_code == 1
+    assert f"rows of stage 1, {tiny_recipe().stages[0].data}: their digest is ffff" in verdict.sentence
+
+
+def test_rows_that_cannot_be_had_cannot_be_checked(finished, monkeypatch):
+    def gone(_recipe, _number):
+        raise ValueError("no network")
+
+    monkeypatch.setattr(train.replay, "stage_data", gone)
+    verdict = verify(finished / "certificate.json")
+    assert verdict.exit_code == 2
+    assert "the rows of roofs:easy?points=64&scenes=32 cannot be read: no network" in verdict.sentence
+
+
+def test_another_processor_or_torch_cannot_be_checked(finished, monkeypatch):
+    monkeypatch.setattr(determinism, "fingerprint", lambda _device: "GenuineIntel family 6, torch 2.12.0")
+    verdict = verify(finished / "certificate.json")
+    assert verdict.exit_code == 2
+    assert "fingerprint" in verdict.sentence
+    assert "here GenuineIntel family 6, torch 2.12.0: other bits are to be expected" in verdict.sentence
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpus_certificate_cannot_be_checked_without_one(run_dir):
+    edit(run_dir / "certificate.json", lambda c: c["environment"].update(device="cuda", precision="bf16"))
+    verdict = verify(run_dir / "certificate.json")
+    assert verdict.exit_code == 2
+    assert "no CUDA device" in verdict.sentence
+
+
+def test_another_thread_count_is_named(run_dir):
+    edit(run_dir / "certificate.json", lambda c: c["environment"].update(threads="2"))
+    verdict = verify(run_dir / "certificate.json")
+    assert verdict.exit_code == 2
+    assert "it was computed with threads 2, here 1" in verdict.sentence
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+def test_other_kernels_are_found_down_to_the_term_of_the_loss(run_dir):
+    edit(run_dir / "certificate.json", lambda c: c["environment"].update(impl="triton"))
+    verdict = verify(run_dir / "certificate.json")
+    assert verdict.exit_code == 1
+    assert "step 1, transport: computed" in verdict.sentence
+
+
+def test_a_recipe_of_another_thread_count_contradicts_the_states(run_dir):
+    edit(run_dir / "certificate.json", lambda c: c["recipe"].update(threads=2))
+    verdict = verify(run_dir / "certificate.json")
+    assert verdict.exit_code == 1
+    assert "contradicts itself: stage 1 was computed from another recipe" in verdict.sentence
+
+
+def test_other_code_is_said(finished, tmp_path):
+    shutil.copy(finished / "certificate.json", tmp_path)
+
+    def other_code(certificate):
+        certificate["code"]["files"]["train/step.py"] = "0"
+        certificate["code"]["digest"] = value_digest(certificate["code"]["files"])
+        for stage in certificate["stages"]:
+            stage["parents"]["code"] = certificate["code"]["digest"]
+
+    edit(tmp_path / "certificate.json", other_code)
+    note = verify(tmp_path / "certificate.json").lines[0]
+    assert note.startswith("note: the code here is not the certificate's (") and "train/step.py" in note
+
+
+def test_what_is_no_certificate_cannot_be_checked(tmp_path):
+    (tmp_path / "certificate.json").write_text("[]")
+    assert verify(tmp_path / "certificate.json").exit_code == 2
+    assert verify(tmp_path / "nothing.json").exit_code == 2
+
+
+def test_weights_of_a_file_at_the_start_cannot_be_had(run_dir):
+    edit(run_dir / "certificate.json", lambda c: c["start"].update({"from": {"file": "published.pt"}}))
+    verdict = verify(run_dir / "certificate.json")
+    assert verdict.exit_code == 2
+    assert "the run began with the weights of published.pt" in verdict.sentence
+    assert len(checked(verdict)) == 3

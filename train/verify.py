@@ -1,0 +1,117 @@
+"""Does a certificate hold? `python -m train verify CERTIFICATE` makes the updates again that it has lines of.
+
+Those are the first 20 updates of the run and the last 20 of each stage, the latter from `stage<k>_tail.pt` beside it.
+The answer is yes, no with the first difference, or that it cannot be checked here and why.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.certificate import CertificateError, code_files, loaded_cubins, read_certificate
+from train.checkpoint import CheckpointError, load_checkpoint
+from train.determinism import Machine
+from train.replay import CannotCheck, Differs, Past, Verdict, check_line, known_recipe, same_machine
+from train.rundir import read_log
+from train.trace import Line
+
+
+def verify(path: str | Path, *, device: str | None = None) -> Verdict:
+    """Recompute what a certificate says of the first 20 updates and of the last 20 of each stage.
+
+    Args:
+        path: certificate.json; the ends of stages are checked where their stage<k>_tail.pt lie beside it.
+        device: where; None takes the certificate's own kind of device.
+    Returns:
+        Yes, no with the first difference, or why it cannot be checked here: another processor or GPU, another torch or
+        Triton, rows that cannot be had, or a missing checkpoint (what can be checked without it was checked).
+    Determinism: depends on the certificate, the files beside it and the machine only.
+    """
+    path = Path(path)
+    done: list[str] = []
+    try:
+        certificate = read_certificate(path)
+        recipe = known_recipe(certificate["recipe"])
+        done += _other_code(certificate["code"]["files"])
+        machine = same_machine(recipe, certificate["environment"], device)
+        trace = _trace_beside(path)
+        past = Past(recipe, machine, {row["stage"]: row for row in certificate["data"]})
+        try:
+            missing = _verify_start(certificate, past, trace, done)
+            for stage in certificate["stages"]:
+                missing += _verify_end(path.parent, stage, past, trace, done)
+        finally:
+            done += _other_kernels(certificate, machine)
+        if missing:
+            raise CannotCheck("; ".join(missing))
+    except CertificateError as error:
+        contradiction = path.is_file() and "contradicts itself" in str(error)
+        start = "no: " if contradiction else "cannot be checked here: "
+        return Verdict(agrees=False if contradiction else None, sentence=f"{start}{error}")
+    except CannotCheck as reason:
+        return Verdict(agrees=None, sentence=f"{path} cannot be checked here: {reason}", lines=tuple(done))
+    except Differs as difference:
+        return Verdict(agrees=False, sentence=f"no, {path} does not hold: {difference}", lines=tuple(done))
+    return Verdict(agrees=True, sentence=f"yes, {path} holds", lines=tuple(done))
+
+
+def _verify_start(certificate: Mapping[str, Any], past: Past, trace: Sequence[Line], done: list[str]) -> list[str]:
+    """Check the first updates; return why they cannot be."""
+    start, lines = certificate["start"], certificate["first"]
+    if start["from"]:
+        return [f"the run began with the weights of {start['from'].get('file')}, which are not here"]
+    past.begin(None, [start, *trace])
+    for found, said in zip(past.updates(lines[-1]["step"]), lines, strict=True):
+        check_line(found, said, past, trace)
+    done.append(f"steps 1 to {lines[-1]['step']:,}: every value the same")
+    return []
+
+
+def _verify_end(
+    directory: Path, stage: Mapping[str, Any], past: Past, trace: Sequence[Line], done: list[str]
+) -> list[str]:
+    """Check the last updates of a stage from the state before them; return why they cannot be."""
+    file = directory / f"stage{stage['stage']}_tail.pt"
+    if not file.is_file():
+        return [f"{file.name} is missing: the end of stage {stage['stage']} was not recomputed"]
+    try:
+        checkpoint = load_checkpoint(file)
+    except CheckpointError as error:
+        raise Differs(str(error)) from error
+    if checkpoint.step != stage["tail"]["step"]:
+        raise Differs(f"{file.name} is of step {checkpoint.step:,}, the certificate says {stage['tail']['step']:,}")
+    past.begin(checkpoint, [{"kind": "step", **stage["tail"]}, *trace])
+    for found, said in zip(past.updates(stage["step"]), stage["last"], strict=True):
+        check_line(found, said, past, trace)
+    done.append(
+        f"steps {checkpoint.step + 1:,} to {stage['step']:,}, end of stage {stage['stage']}: every bit the same"
+    )
+    return []
+
+
+def _other_code(files: Mapping[str, str]) -> list[str]:
+    """Say which sources are not those that a run was computed with."""
+    here = code_files()
+    names = [name for name in sorted({**here, **files}) if here.get(name) != files.get(name)]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    others = f"{', '.join(names[:5])}{more}"
+    note = f"note: the code here is not the certificate's ({others}); the updates are made with the code here"
+    return [note] if names else []
+
+
+def _other_kernels(certificate: Mapping[str, Any], machine: Machine) -> list[str]:
+    """Say which kernels ran here with machine code that the run did not have."""
+    known = certificate["kernels"]["cubins"]
+    if known is None or machine.device.type != "cuda":
+        return []
+    here = loaded_cubins(torch.cuda.current_device())
+    names = [name for name, cubins in here.items() if not cubins.keys() <= known.get(name, {}).keys()]
+    return [f"note: other machine code than the run's ran here of {', '.join(names)}"] if names else []
+
+
+def _trace_beside(certificate: Path) -> list[Line]:
+    """The trace of the run that left the certificate, where it is there: it names tensors."""
+    path = certificate.with_name("trace.jsonl")
+    return read_log(path) if path.is_file() else []
