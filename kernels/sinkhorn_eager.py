@@ -1,8 +1,8 @@
 """Sinkhorn in PyTorch with a hand-written reverse pass: the CPU's form of `kernels.sinkhorn`.
 
-The bin is the last row and the last column of every tensor here. Z is -cost / eps, log a and log b are the masses (-inf:
-no mass, takes no part, whatever Z is there), T iterations. Two paths give the same result; an item takes what its own
-values allow:
+The bin is the last row and the last column of every tensor here. Z is -cost / eps, log a and log b are the masses
+(-inf: no mass, takes no part, whatever Z is there), T iterations. Two paths give the same result; an item takes what
+its own values allow:
 
 scaling    K = exp(Z - rho - sigma), then only products: u = a / (K v), v = b / (K^T u), started at v = exp(sigma).
            With a shift z: rho = z, sigma = 0, legal if max(Z - z) is in range. Without: rho, sigma are the row and then
@@ -58,7 +58,7 @@ def reverse(
 
 
 def _solve_scaling(Z, log_a, log_b, iterations, shift):
-    K, start, legal = _absorb(Z, log_a, log_b, shift)
+    K, start = _absorb(Z, log_a, log_b, shift)
     (a, no_a), (b, no_b) = _masses(log_a), _masses(log_b)
     history, U, V = _history(Z, iterations)
     U[:, :1], V[:, :1] = 0, start
@@ -67,14 +67,13 @@ def _solve_scaling(Z, log_a, log_b, iterations, shift):
         # a row without mass divides 0 by 1
         torch.div(a, torch.baddbmm(no_a, vs[t], K.mT), out=us[t + 1])
         torch.div(b, torch.baddbmm(no_b, us[t + 1], K), out=vs[t + 1])
-    if shift is None:
-        legal = U.amax((1, 2)) * V.amax((1, 2)) <= math.exp(RANGE)
-    legal = legal & (torch.minimum(_least(log_a), _least(log_b)) >= -MASS_RANGE)
+    span = U.amax((1, 2)) * V.amax((1, 2)) if shift is None else K.amax((1, 2))
+    legal = (span <= math.exp(RANGE)) & (torch.minimum(_least(log_a), _least(log_b)) >= -MASS_RANGE)
     return K.mul_(us[-1].mT).mul_(vs[-1]), history, legal
 
 
 def _reverse_scaling(G, Z, log_a, log_b, shift, history):
-    K, _, _ = _absorb(Z, log_a, log_b, shift)
+    K, _ = _absorb(Z, log_a, log_b, shift)
     (a, no_a), (b, no_b) = _masses(log_a), _masses(log_b)
     U, V = history.split([a.shape[2], b.shape[2]], 2)
     U, V, W = U[:, 1:], V[:, 1:], V[:, :-1]
@@ -128,15 +127,14 @@ def _reverse_log(G, Z, log_a, log_b, shift, history):
 
 
 def _absorb(Z, log_a, log_b, shift):
-    """Return K = exp(Z - rho - sigma), the v [B, 1, M+1] that stands for zero potentials, and who is in range [B]."""
+    """Return K = exp(Z - rho - sigma), and the v [B, 1, M+1] that stands for zero potentials."""
     col = (log_b != -math.inf)[:, None]
     if shift is not None:
-        K = _only_massive(torch.sub(Z, shift).exp_(), log_a, log_b)
-        return K, col.to(Z), K.amax((1, 2)) <= math.exp(RANGE)
+        return _only_massive(torch.sub(Z, shift).exp_(), log_a, log_b), col.to(Z)
     Z = _masked(Z, log_a, log_b)
     Z -= _finite(Z.amax(2, keepdim=True))
     sigma = _finite(Z.amax(1, keepdim=True))
-    return Z.sub_(sigma).exp_(), torch.where(col, sigma.exp(), 0), None
+    return Z.sub_(sigma).exp_(), torch.where(col, sigma.exp(), 0)
 
 
 def _masked(Z, log_a, log_b):
