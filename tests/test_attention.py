@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from kernels import attention
 from kernels.attention import gqa_attention, gqa_attention_reference
 from tests.accuracy import assert_accurate
 from tests.attention_problems import NAMES, counts, problem, random_mask, run, same_bits, to_device
@@ -219,6 +220,15 @@ def test_int32_and_int64_counts_agree(device):
             for dtype in (torch.int32, torch.int64)
         )
         assert same_bits(narrow, wide)
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_counts_out_of_range_are_clamped_where_values_cannot_be_read(impl, monkeypatch, device):
+    tensors = to_device(problem(2, 2, 1, 6, 20, 16), device)
+    wild, tame = (torch.tensor(values, device=device) for values in ([99, -3], [20, 0]))
+    expected = run(gqa_attention, tensors, key_count_B=tame, impl=impl)
+    monkeypatch.setattr(attention, "values_are_readable", lambda tensor: False)
+    assert same_bits(run(gqa_attention, tensors, key_count_B=wild, impl=impl), expected)
 
 
 def test_autocast_changes_nothing(device):
