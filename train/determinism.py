@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from kernels.dispatch import resolve
+from train.memory import keep_freed_memory
 
 CUBLAS_WORKSPACE = ":4096:8"
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -92,6 +93,8 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
             )
     if place.type == "cuda":
         _fix_cublas_workspace()
+    else:
+        keep_freed_memory()
     machine = Machine(device=place, precision=precision, impl=impl, threads=threads)
     _set_state(machine)
     check_state(machine)
