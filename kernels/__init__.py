@@ -4,6 +4,7 @@ from kernels.attention import gqa_attention, gqa_attention_reference
 from kernels.gelu import bias_gelu, bias_gelu_reference
 from kernels.matching import Match, match_segments, match_segments_reference
 from kernels.residual import Residual, residual_norm, residual_norm_reference
+from kernels.rms_norm import rms_norm
 from kernels.sinkhorn import Transport, sinkhorn, sinkhorn_reference
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "match_segments_reference",
     "residual_norm",
     "residual_norm_reference",
+    "rms_norm",
     "sinkhorn",
     "sinkhorn_reference",
 ]
