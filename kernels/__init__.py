@@ -5,6 +5,7 @@ from kernels.gelu import bias_gelu, bias_gelu_reference
 from kernels.matching import Match, match_segments, match_segments_reference
 from kernels.points import point_embedding, point_embedding_reference
 from kernels.residual import Residual, residual_norm, residual_norm_reference
+from kernels.rms_norm import rms_norm
 from kernels.sinkhorn import Transport, sinkhorn, sinkhorn_reference
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "point_embedding_reference",
     "residual_norm",
     "residual_norm_reference",
+    "rms_norm",
     "sinkhorn",
     "sinkhorn_reference",
 ]

@@ -17,6 +17,7 @@ NORM_EPS = 1e-12
 
 def attention_eager(q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid_BS):
     """Return o_BHTD, the logarithms of the softmax sums [B, H, T], and the inverse norms of q and k."""
+    valid_BS = _unless_all(valid_BS)
     q_BGND, k_BSGD = _stacked(q_BHTD, k_BGSD.shape[1]), _rows(k_BGSD, valid_BS)
     rq, rk = _inverse_norm(q_BGND), _inverse_norm(k_BSGD)
     o_BGND, lse_BGN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -34,7 +35,7 @@ def attention_eager(q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid_BS):
 def attention_eager_backward(do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid_BS, o_BHTD, lse_BHT, rq_BHT, rk_BGS):
     """Return the gradients of q, k, v and log_scale."""
     B, H, T, _ = q_BHTD.shape
-    G = k_BGSD.shape[1]
+    G, valid_BS = k_BGSD.shape[1], _unless_all(valid_BS)
     q_BGND, k_BSGD = _stacked(q_BHTD, G), _rows(k_BGSD, valid_BS)
     rq, rk = rq_BHT.view(B, G, -1, 1), rk_BGS.transpose(1, 2).unsqueeze(-1)
     unit_q_BGND, unit_k_BSGD, tau = q_BGND * rq, k_BSGD * rk, _temperature(log_scale_H, q_BGND)
@@ -50,12 +51,12 @@ def attention_eager_backward(do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid
         attn_mask=_bias(valid_BS, q_BGND.dtype),
         scale=1.0,
     )
-    dq_BGND, dot = _norm_backward(dq_BGND * tau, unit_q_BGND, rq)
+    dq_BGND, dot = _norm_backward(dq_BGND.mul_(tau), unit_q_BGND, rq)
     dk_BSGD, _ = _norm_backward(dk_BGSD.transpose(1, 2), unit_k_BSGD, rk)
     return (
         _unstacked(dq_BGND, q_BHTD),
-        torch.empty_like(k_BGSD).copy_(dk_BSGD.transpose(1, 2)),
-        torch.empty_like(v_BGSD).copy_(dv_BGSD),
+        _laid_out(dk_BSGD.transpose(1, 2), k_BGSD),
+        _laid_out(dv_BGSD, v_BGSD),
         dot.view(B, H, T).sum((0, 2)).to(log_scale_H.dtype),
     )
 
@@ -77,6 +78,17 @@ def _unstacked(x_BGND, like_BHTD):
     x_BHTD = torch.empty_like(like_BHTD)
     x_BHTD.unflatten(1, (G, -1)).copy_(x_BGND.unflatten(2, (-1, T)))
     return x_BHTD
+
+
+def _laid_out(x, like):
+    """x in the layout and dtype of `like`."""
+    same = x.dtype == like.dtype and x.stride() == torch.empty_like(like, device="meta").stride()
+    return x if same else torch.empty_like(like).copy_(x)
+
+
+def _unless_all(valid_BS):
+    """Which keys count; None where all do."""
+    return None if valid_BS is None or bool(valid_BS.all()) else valid_BS
 
 
 def _rows(x_BGSD, valid_BS):
@@ -109,7 +121,7 @@ def _inverse_norm(x):
 
 
 def _norm_backward(dunit, unit, r):
-    """Gradient of x given that of x r, r = 1/max(|x|, eps), and the rows' <dunit, unit>."""
+    """Turn the gradient of x r, r = 1/max(|x|, eps), in place into that of x; also return the rows' <dunit, unit>."""
     dot = (dunit * unit).sum(-1, keepdim=True)
     # shorter than eps, x is divided by a constant: nothing to take out
-    return torch.addcmul(dunit, unit, dot * (r < 1 / NORM_EPS), value=-1).mul_(r), dot
+    return dunit.addcmul_(unit, dot * (r < 1 / NORM_EPS), value=-1).mul_(r), dot

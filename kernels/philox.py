@@ -9,6 +9,7 @@ It equals `tl.philox` bit for bit, on every device. Source: Salmon et al., Paral
 
 import hashlib
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -57,14 +58,10 @@ def philox_4x32(
             raise ValueError(f"counters must be int64, got {tensor.dtype}")
     device = tensors[0].device if tensors else torch.device("cpu")
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    flat = [_as_tensor(c, device).expand(shape).reshape(-1) for c in counters]
-    count = flat[0].numel()
-    words = torch.empty(4, count, dtype=torch.int64, device=device)
-    for start in range(0, count, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        for word, value in zip(words, _rounds(*(c[part] for c in flat), seed), strict=True):
-            word[part] = value
-    return words[0].reshape(shape), words[1].reshape(shape), words[2].reshape(shape), words[3].reshape(shape)
+    words = torch.empty(4, *shape, dtype=torch.int64, device=device)
+    _fill(words.unbind(0), [_as_tensor(c, device) for c in counters], seed)
+    w0, w1, w2, w3 = words.bitwise_and_(_WORD).unbind(0)
+    return w0, w1, w2, w3
 
 
 def _as_tensor(counter: Counter, device: torch.device) -> torch.Tensor:
@@ -72,13 +69,28 @@ def _as_tensor(counter: Counter, device: torch.device) -> torch.Tensor:
     return counter if isinstance(counter, torch.Tensor) else torch.full((), counter, dtype=torch.int64, device=device)
 
 
+def _fill(words: Sequence[torch.Tensor], counters: Sequence[torch.Tensor], seed: int) -> None:
+    """Fill the four words, tensors of the broadcast shape: their low 32 bits are right."""
+    shape = words[0].shape or (1,)
+    words = [w.reshape(shape) if w.dim() == 0 else w for w in words]
+    counters = [c[(None,) * (len(shape) - c.dim())] for c in counters]
+    length = max(1, _CHUNK * shape[-1] // max(1, words[0].numel()))
+    for start in range(0, shape[-1], length):
+        part = slice(start, start + length)
+        # counters are not expanded: the first rounds are cheap where only some of them vary
+        values = _rounds(*(c[..., part] if c.shape[-1] > 1 else c for c in counters), seed)
+        for word, value in zip(words, values, strict=True):
+            word[..., part] = value
+
+
 def _rounds(c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor, seed: int):
+    """Return words whose low 32 bits are right."""
     k0, k1 = seed & _WORD, seed >> 32
     for _ in range(_ROUNDS):
         x, y = c0 * _M0, c2 * _M1
-        c0 = (y >> 32).bitwise_and_(_WORD).bitwise_xor_(c1).bitwise_xor_(k0)
-        c2 = (x >> 32).bitwise_and_(_WORD).bitwise_xor_(c3).bitwise_xor_(k1)
-        c1, c3 = y.bitwise_and_(_WORD), x.bitwise_and_(_WORD)
+        c0 = ((y >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        c2 = ((x >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        c1, c3 = y, x
         k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
     return c0, c1, c2, c3
 
@@ -136,12 +148,16 @@ def dropout_keep(
         raise ValueError(f"rate must be in [0, 1), got {rate}")
     if scene_B.shape != shape[:1]:
         raise ValueError(f"scene_B must be [B] with B = {shape[0]}, got shape {tuple(scene_B.shape)}")
-    count = math.prod(shape[1:])
-    element = torch.arange(-(-count // 8), device=scene_B.device)
-    words = philox_4x32(element, place, step, scene_B[:, None], seed=seed)
-    threshold = round(65536 * rate)
-    lanes = [half >= threshold for word in words for half in (word & 0xFFFF, word >> 16)]
-    return torch.stack(lanes, dim=-1).reshape(shape[0], -1)[:, :count].reshape(shape)
+    threshold, count, device = round(65536 * rate), math.prod(shape[1:]), scene_B.device
+    if threshold == 0:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    element = torch.arange(-(-count // 8), device=device)
+    counters = [_as_tensor(c, device) for c in (element, place, step, scene_B[:, None])]
+    words = torch.empty(shape[0], len(element), 4, dtype=torch.int32, device=device)
+    _fill(words.unbind(2), counters, seed)
+    # as signed numbers, 16-bit lanes have the order of the unsigned ones once their highest bit is turned
+    lanes = words.view(torch.int16).bitwise_xor_(-0x8000).view(shape[0], -1)[:, :count]
+    return (lanes > threshold - 1 - 0x8000).view(shape)
 
 
 def dropout(
@@ -154,4 +170,22 @@ def dropout(
     if rate == 0:
         return x
     keep = dropout_keep(tuple(x.shape), rate, seed=seed, step=step, scene_B=scene_B, place=place)
-    return torch.where(keep, x.float() * (1 / (1 - rate)), 0.0).to(x.dtype)
+    return _Dropout.apply(x, keep, 1 / (1 - rate))
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, keep, scale):
+        # all bits or none: a product would keep NaN, and `where` is several times slower on a CPU
+        ctx.bits, ctx.scale = -keep.to(torch.int32), scale
+        return _scaled(x, ctx.bits, scale)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        return _scaled(grad_outputs[0], ctx.bits, ctx.scale), None, None
+
+
+def _scaled(x: torch.Tensor, bits: torch.Tensor, scale: float) -> torch.Tensor:
+    y = (x.float() * scale).contiguous()
+    y.view(torch.int32).bitwise_and_(bits)
+    return y.to(x.dtype)

@@ -33,7 +33,7 @@ def sum_segments(partial_SX: torch.Tensor) -> torch.Tensor:
     return out_X
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "N"])
 def _sum_segments_kernel(partial_ptr, out_ptr, S, N, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N

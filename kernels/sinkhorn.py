@@ -185,7 +185,10 @@ def sinkhorn_forward(
     path: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return plan, row slack, column slack, (u, v) from the start on [B, N+1 + M+1, T+1] and who scales [B]."""
+    """Return plan, row slack, column slack, (u, v) from the start on and who scales [B].
+
+    The potentials are [B, N+1 + M+1, T+1], in the eager form [B, T+1, N+1 + M+1].
+    """
     N, M = cost.shape[1:]
     if impl == "triton" and max(N, M) <= sinkhorn_small.MAX_TILE:
         return sinkhorn_small.sinkhorn_small_forward(
@@ -195,10 +198,9 @@ def sinkhorn_forward(
         return sinkhorn_large.sinkhorn_large_forward(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack)
     Z, log_mass_a, log_mass_b, total, shift = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack)
     P, potentials, scales = sinkhorn_eager.solve(Z, log_mass_a, log_mass_b, iterations, shift, path)
-    P = (P * total).to(cost.dtype)
-    # clones, since an operator may not return views
     plan, row_slack, col_slack = (
-        x.clone(memory_format=torch.contiguous_format) for x in (P[:, :N, :M], P[:, :N, M], P[:, N, :M])
+        (part * factor).to(cost.dtype)
+        for part, factor in ((P[:, :N, :M], total), (P[:, :N, M], total[:, 0]), (P[:, N, :M], total[:, 0]))
     )
     return plan, row_slack, col_slack, potentials, scales
 
@@ -229,8 +231,11 @@ def sinkhorn_backward(
         return sinkhorn_large.sinkhorn_large_backward(*upstream, *inputs, potentials, eps, slack)
     Z, log_mass_a, log_mass_b, total, shift = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack)
     G = torch.zeros_like(Z)
-    G[:, :N, :M], G[:, :N, M], G[:, N, :M] = upstream
-    grad_Z, grad_a, grad_b = sinkhorn_eager.reverse(G * total, Z, log_mass_a, log_mass_b, shift, potentials, scales)
+    for part, grad, factor in zip(
+        (G[:, :N, :M], G[:, :N, M], G[:, N, :M]), upstream, (total, total[:, 0], total[:, 0]), strict=True
+    ):
+        torch.mul(grad, factor, out=part)
+    grad_Z, grad_a, grad_b = sinkhorn_eager.reverse(G, Z, log_mass_a, log_mass_b, shift, potentials, scales)
     grad_cost = (grad_Z[:, :N, :M] / -eps).to(cost.dtype)
     grad_dustbin = (grad_Z[:, :, M].sum(1) + grad_Z[:, N, :M].sum(1)) / -eps
     # with weights a bin's mass is the total of the other side
@@ -244,10 +249,12 @@ def _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack):
     """Return Z, log a, log b with their bins, the plan's factor [B, 1, 1] and the shift that the eager form takes."""
     cost = cost.to(_inner(cost.dtype))
     log_a, log_b, total = log_masses(cost, rows, cols, dustbin is not None, slack, log_a, log_b)
-    valid = (log_a != -math.inf)[:, :, None] & (log_b != -math.inf)[:, None]
-    Z = _exponents(cost, valid, dustbin, eps)
-    shift = Z[0, -1, -1] if dustbin is not None and slack == "full" and len(Z) else None
-    return Z, log_a, log_b, total[:, None, None], shift
+    B, N, M = cost.shape
+    Z = cost.new_empty(B, N + 1, M + 1)
+    torch.div(cost, -eps, out=Z[:, :N, :M])
+    z = 0.0 if dustbin is None else dustbin.to(Z) / -eps
+    Z[:, N], Z[:, :, M] = z, z
+    return Z, log_a, log_b, total[:, None, None], z if dustbin is not None and slack == "full" else None
 
 
 def _share(log_mass: Tensor, log_total: Tensor) -> Tensor:
@@ -262,11 +269,12 @@ def _inner(dtype: torch.dtype) -> torch.dtype:
 @sinkhorn_forward.register_fake
 def _(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack, path, impl):
     B, N, M = cost.shape
+    length, times = N + M + 2, iterations + 1
     return (
         cost.new_empty(B, N, M),
         cost.new_empty(B, N),
         cost.new_empty(B, M),
-        cost.new_empty(B, N + M + 2, iterations + 1, dtype=_inner(cost.dtype)),
+        cost.new_empty((B, times, length) if impl == "eager" else (B, length, times), dtype=_inner(cost.dtype)),
         cost.new_empty(B, dtype=torch.bool),
     )
 

@@ -1,14 +1,17 @@
 """Sinkhorn in PyTorch with a hand-written reverse pass: the CPU's form of `kernels.sinkhorn`.
 
 The bin is the last row and the last column of every tensor here. Z is -cost / eps, log a and log b are the masses
-(-inf: no mass, takes no part), T iterations. Two paths give the same result; an item takes what its own values allow:
+(-inf: no mass, takes no part, whatever Z is there), T iterations. Two paths give the same result; an item takes what
+its own values allow:
 
-scaling    K = exp(Z - rho - sigma), then only multiply-adds: u = a / (K v), v = b / (K^T u), started at v = exp(sigma).
+scaling    K = exp(Z - rho - sigma), then only products: u = a / (K v), v = b / (K^T u), started at v = exp(sigma).
            With a shift z: rho = z, sigma = 0, legal if max(Z - z) is in range. Without: rho, sigma are the row and then
            the column maxima, legal if max u max v stayed in range.
 log        u = log a - LSE(Z + v), v = log b - LSE(Z + u): always legal.
 
-Sums are taken by PyTorch over one axis at a time.
+A history keeps (u, v) of every iteration from the start on, [B, T+1, N+1 + M+1]. Vectors stand left of a matrix, where
+PyTorch's batched product is several times faster; the reverse pass leaves its 2 T outer products per item to the end,
+where they are one product. Sums are taken by PyTorch.
 """
 
 import math
@@ -23,7 +26,7 @@ MASS_RANGE = 12.0  # nats below 1 that a mass may have on top of that
 def solve(
     Z: Tensor, log_a: Tensor, log_b: Tensor, iterations: int, shift: Tensor | None, path: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the plan, (u, v) from the start on [B, N+1 + M+1, T+1], and which items took the scaling path [B].
+    """Return the plan, its history, and which items took the scaling path [B].
 
     Args:
         shift: -dustbin / eps where every bin has mass, else None.
@@ -31,8 +34,8 @@ def solve(
     """
     if path == "log":
         return *_solve_log(Z, log_a, log_b, iterations), torch.zeros_like(log_a[:, 0], dtype=torch.bool)
-    P, history = _solve_scaling(Z, log_a, log_b, iterations, shift)
-    legal = _legal(Z, log_a, log_b, history, shift) | (path == "scaling")
+    P, history, legal = _solve_scaling(Z, log_a, log_b, iterations, shift)
+    legal = legal | (path == "scaling")
     if not legal.all():
         redo = ~legal
         P[redo], history[redo] = _solve_log(Z[redo], log_a[redo], log_b[redo], iterations)
@@ -55,67 +58,68 @@ def reverse(
 
 
 def _solve_scaling(Z, log_a, log_b, iterations, shift):
-    K, v = _absorb(Z, log_a, log_b, shift)
-    a, b = log_a.exp(), log_b.exp()
-    history = [torch.cat([torch.zeros_like(a), v], 1)]
-    for _ in range(iterations):
-        u = torch.where(a == 0, 0, a / (K * v[:, None]).sum(2))
-        v = torch.where(b == 0, 0, b / (K * u[:, :, None]).sum(1))
-        history.append(torch.cat([u, v], 1))
-    return K * u[:, :, None] * v[:, None], torch.stack(history, 2)
+    K, start = _absorb(Z, log_a, log_b, shift)
+    (a, no_a), (b, no_b) = _masses(log_a), _masses(log_b)
+    history, U, V = _history(Z, iterations)
+    U[:, :1], V[:, :1] = 0, start
+    us, vs = U.split(1, 1), V.split(1, 1)
+    for t in range(iterations):
+        # a row without mass divides 0 by 1
+        torch.div(a, torch.baddbmm(no_a, vs[t], K.mT), out=us[t + 1])
+        torch.div(b, torch.baddbmm(no_b, us[t + 1], K), out=vs[t + 1])
+    span = U.amax((1, 2)) * V.amax((1, 2)) if shift is None else K.amax((1, 2))
+    legal = (span <= math.exp(RANGE)) & (torch.minimum(_least(log_a), _least(log_b)) >= -MASS_RANGE)
+    return K.mul_(us[-1].mT).mul_(vs[-1]), history, legal
 
 
 def _reverse_scaling(G, Z, log_a, log_b, shift, history):
     K, _ = _absorb(Z, log_a, log_b, shift)
-    a, b = log_a.exp(), log_b.exp()
-    U, V = _unstack(history, a.shape[1])
-    u, v = U[-1], V[-1]
-    S = G * u[:, :, None] * v[:, None]
-    grad_u, grad_v = (G * K * v[:, None]).sum(2), (G * K * u[:, :, None]).sum(1)
-    grad_log_a, grad_log_b = torch.zeros_like(a), torch.zeros_like(b)
-    for t in reversed(range(1, len(U))):
-        u, v, w = U[t], V[t], V[t - 1]
-        grad_log_b += grad_v * v
-        # v / b before the second v: v squared overflows first
-        q = -(grad_v * v) * _ratio(v, b)
-        S.addcmul_(u[:, :, None], q[:, None])
-        grad_u = grad_u + (K * q[:, None]).sum(2)
-        grad_log_a += grad_u * u
-        p = -(grad_u * u) * _ratio(u, a)
-        S.addcmul_(p[:, :, None], w[:, None])
-        grad_v, grad_u = (K * p[:, :, None]).sum(1), 0
-    return K * S, grad_log_a, grad_log_b
+    (a, no_a), (b, no_b) = _masses(log_a), _masses(log_b)
+    U, V = history.split([a.shape[2], b.shape[2]], 2)
+    U, V, W = U[:, 1:], V[:, 1:], V[:, :-1]
+    # v / b before the second v: v squared overflows first
+    share_U, share_V = U / (a + no_a).neg_(), V / (b + no_b).neg_()
+    grad_U, grad_V, P, Q = (torch.empty_like(x) for x in (share_U, share_V, share_U, share_V))
+    us, vs, shares_u, shares_v, grads_u, grads_v, ps, qs = (
+        x.split(1, 1) for x in (U, V, share_U, share_V, grad_U, grad_V, P, Q)
+    )
+    GK = G * K
+    grad_u, grad_v = torch.bmm(vs[-1], GK.mT), torch.bmm(us[-1], GK)
+    for t in reversed(range(len(us))):
+        torch.mul(torch.mul(grad_v, vs[t], out=grads_v[t]), shares_v[t], out=qs[t])
+        grad_u = torch.bmm(qs[t], K.mT).add_(grad_u)
+        torch.mul(torch.mul(grad_u, us[t], out=grads_u[t]), shares_u[t], out=ps[t])
+        grad_u, grad_v = 0, torch.bmm(ps[t], K)
+    S = (G * us[-1].mT).mul_(vs[-1]).baddbmm_(U.mT, Q).baddbmm_(P.mT, W)
+    return S.mul_(K), grad_U.sum(1), grad_V.sum(1)
 
 
 def _solve_log(Z, log_a, log_b, iterations):
-    row, col = log_a != -math.inf, log_b != -math.inf
-    Z = Z.masked_fill(~(row[:, :, None] & col[:, None]), -math.inf)
-    v = torch.zeros_like(log_b)
-    history = [torch.cat([torch.zeros_like(log_a), v], 1)]
-    for _ in range(iterations):
-        u = torch.where(row, log_a - torch.logsumexp(Z + v[:, None], 2), 0)
-        v = torch.where(col, log_b - torch.logsumexp(Z + u[:, :, None], 1), 0)
-        history.append(torch.cat([u, v], 1))
-    return torch.exp(Z + u[:, :, None] + v[:, None]), torch.stack(history, 2)
+    row, col, Z = log_a != -math.inf, log_b != -math.inf, _masked(Z, log_a, log_b)
+    history, U, V = _history(Z, iterations)
+    U[:, 0], V[:, 0] = 0, 0
+    for t in range(1, iterations + 1):
+        U[:, t] = torch.where(row, log_a - torch.logsumexp(Z + V[:, t - 1, None], 2), 0)
+        V[:, t] = torch.where(col, log_b - torch.logsumexp(Z + U[:, t, :, None], 1), 0)
+    return torch.exp(Z + U[:, -1, :, None] + V[:, -1, None]), history
 
 
 def _reverse_log(G, Z, log_a, log_b, shift, history):
-    row, col = log_a != -math.inf, log_b != -math.inf
-    Z = Z.masked_fill(~(row[:, :, None] & col[:, None]), -math.inf)
-    U, V = _unstack(history, log_a.shape[1])
-    grad_Z = G * torch.exp(Z + U[-1][:, :, None] + V[-1][:, None])
+    U, V = history.split([log_a.shape[1], log_b.shape[1]], 2)
+    Z = _masked(Z, log_a, log_b)
+    grad_Z = G * torch.exp(Z + U[:, -1, :, None] + V[:, -1, None])
     alpha, beta = grad_Z.sum(2), grad_Z.sum(1)
     grad_log_a, grad_log_b = torch.zeros_like(log_a), torch.zeros_like(log_b)
-    for t in reversed(range(1, len(U))):
-        Zu = Z + U[t][:, :, None]
+    for t in reversed(range(1, U.shape[1])):
+        Zu = Z + U[:, t, :, None]
         grad_log_b += beta
-        E = torch.exp(Zu + V[t][:, None])
+        E = torch.exp(Zu + V[:, t, None])
         # the sum itself, not the mass it should be: that error would grow with every iteration
         Q = E * _ratio(beta, E.sum(1))[:, None]
         grad_Z -= Q
         alpha = alpha - Q.sum(2)
         grad_log_a += alpha
-        E = torch.exp(Zu + V[t - 1][:, None])
+        E = torch.exp(Zu + V[:, t - 1, None])
         Q = E * _ratio(alpha, E.sum(2))[:, :, None]
         grad_Z -= Q
         alpha, beta = 0, -Q.sum(1)
@@ -123,32 +127,44 @@ def _reverse_log(G, Z, log_a, log_b, shift, history):
 
 
 def _absorb(Z, log_a, log_b, shift):
-    """Return K = exp(Z - rho - sigma) and the v that stands for zero potentials."""
-    row, col = log_a != -math.inf, log_b != -math.inf
-    Z = Z.masked_fill(~(row[:, :, None] & col[:, None]), -math.inf)
+    """Return K = exp(Z - rho - sigma), and the v [B, 1, M+1] that stands for zero potentials."""
+    col = (log_b != -math.inf)[:, None]
     if shift is not None:
-        return torch.exp(Z - shift), col.to(Z)
-    Z = Z - _finite(Z.amax(2))[:, :, None]
-    sigma = _finite(Z.amax(1))
-    return torch.exp(Z - sigma[:, None]), torch.where(col, sigma.exp(), 0)
+        return _only_massive(torch.sub(Z, shift).exp_(), log_a, log_b), col.to(Z)
+    Z = _masked(Z, log_a, log_b)
+    Z -= _finite(Z.amax(2, keepdim=True))
+    sigma = _finite(Z.amax(1, keepdim=True))
+    return Z.sub_(sigma).exp_(), torch.where(col, sigma.exp(), 0)
 
 
-def _legal(Z, log_a, log_b, history, shift):
-    """Return which items stayed in range [B]: NaN does not."""
-    least = torch.minimum(_least(log_a), _least(log_b))
-    if shift is not None:
-        valid = (log_a != -math.inf)[:, :, None] & (log_b != -math.inf)[:, None]
-        inside = (Z - shift).masked_fill(~valid, -math.inf).amax((1, 2)) <= RANGE
-    else:
-        u, v = history.split([log_a.shape[1], log_b.shape[1]], 1)
-        inside = u.amax((1, 2)) * v.amax((1, 2)) <= math.exp(RANGE)
-    return inside & (least >= -MASS_RANGE)
+def _masked(Z, log_a, log_b):
+    """Return Z with -inf where a row or a column has no mass."""
+    Z = _only_massive(Z.clone(), log_a, log_b)
+    for log_mass in (log_a[:, :, None], log_b[:, None]):
+        Z += torch.where(log_mass == -math.inf, log_mass, 0)
+    return Z
 
 
-def _unstack(history, rows):
-    """Return u [T+1, B, N+1] and v [T+1, B, M+1]."""
-    steps = history.permute(2, 0, 1)
-    return steps[..., :rows].contiguous(), steps[..., rows:].contiguous()
+def _only_massive(x, log_a, log_b):
+    """Set to 0, in place, where a row or a column has no mass, whatever is there."""
+    bits = torch.int64 if x.dtype == torch.float64 else torch.int32
+    for log_mass in (log_a[:, :, None], log_b[:, None]):
+        # a product would keep NaN and masks are ten times slower: keep all bits of a number, or none
+        x.view(bits).bitwise_and_(-(log_mass != -math.inf).to(bits))
+    return x
+
+
+def _history(Z, iterations):
+    """Return room for a history, and its parts u and v."""
+    B, N1, M1 = Z.shape
+    history = Z.new_empty(B, iterations + 1, N1 + M1)
+    return history, history[:, :, :N1], history[:, :, N1:]
+
+
+def _masses(log_mass):
+    """Return masses [B, 1, *], and 1 where there is none, else 0."""
+    mass = log_mass.exp()[:, None]
+    return mass, (mass == 0).to(mass)
 
 
 def _least(log_mass):

@@ -13,6 +13,7 @@ from torch import nn
 
 from kernels.attention import HEAD_WIDTHS, gqa_attention
 from kernels.philox import Counter, dropout
+from kernels.rms_norm import rms_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class RMSNorm(nn.RMSNorm):
     """RMSNorm in float32 at least, also where autocast hands it bfloat16."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+        assert self.weight is not None
+        return rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), self.weight)
 
 
 class GroupedQueryAttention(nn.Module):

@@ -1,6 +1,8 @@
 """Residual blocks: what they start as, what they normalise, and the drop-in attention module."""
 
 import math
+import re
+import textwrap
 
 import pytest
 import torch
@@ -28,6 +30,14 @@ def test_attention_module_is_its_definition():
     module = GroupedQueryAttention(64, heads=4, kv_heads=2)
     x, memory = torch.randn(2, 5, 64), torch.randn(2, 9, 64)
     torch.testing.assert_close(module(x, memory), by_hand(module, x, memory))
+
+
+def test_the_example_of_its_docstring_runs():
+    (example,) = re.findall(r"asked for:\n\n(.*)\n\n    Args:", GroupedQueryAttention.__doc__ or "", re.DOTALL)
+    names = {"torch": torch, "GroupedQueryAttention": GroupedQueryAttention}
+    exec(textwrap.dedent(example), names)
+    assert names["y_BTC"].shape == (8, 64, 256)
+    assert all(p.grad is not None and p.grad.any() for p in names["attention"].parameters())
 
 
 def test_without_memory_the_queries_are_the_memory():

@@ -131,17 +131,21 @@ def test_permuting_rows_and_columns_permutes_the_answer(impl, device):
         assert torch.allclose(actual, expected, atol=1e-6)
 
 
-def test_swapping_rows_and_columns_transposes_the_answer_once_converged():
-    arguments = problem("full")
+@pytest.mark.parametrize(
+    ("impl", "dtype", "eps", "iterations", "atol"),
+    [("eager", torch.float64, 0.4, 2000, 1e-9), ("triton", torch.float32, 4.0, 12, 2e-6)],
+)
+def test_swapping_rows_and_columns_transposes_the_answer_once_converged(impl, dtype, eps, iterations, atol, device):
+    arguments = cast(problem("full"), dtype, "cpu" if impl == "eager" else device)
     swapped = arguments | {
         "cost_BNM": arguments["cost_BNM"].transpose(1, 2),
         "rows_B": arguments["cols_B"],
         "cols_B": arguments["rows_B"],
     }
-    plan, row_slack, col_slack = sinkhorn(**arguments, eps=0.4, iterations=2000)
-    found = sinkhorn(**swapped, eps=0.4, iterations=2000)
+    plan, row_slack, col_slack = sinkhorn(**arguments, eps=eps, iterations=iterations, impl=impl)
+    found = sinkhorn(**swapped, eps=eps, iterations=iterations, impl=impl)
     for actual, expected in zip(found, (plan.transpose(1, 2), col_slack, row_slack), strict=True):
-        assert torch.allclose(actual, expected, atol=1e-9)
+        assert torch.allclose(actual, expected, atol=atol)
 
 
 @pytest.mark.parametrize("path", ["log", "scaling"])
@@ -193,6 +197,16 @@ def test_any_size_may_be_zero_or_one(impl, shape, device):
     (grad,) = torch.autograd.grad(sum(output.sum() for output in transport), cost)
     assert [tuple(output.shape) for output in transport] == [shape, shape[:2], (shape[0], shape[2])]
     assert grad.shape == shape and grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("impl", "shape"), [("eager", (2048, 2048)), ("eager", (3, 2048)), ("triton", (2, 2048))])
+def test_sides_may_be_as_long_as_the_limit(impl, shape, device):
+    arguments = cast(problem("full", B=1, N=shape[0], M=shape[1]), torch.float32, device)
+    settings = {"eps": 0.4, "iterations": 1}
+    truth, eager = truth_and_eager(arguments, **settings)
+    for name, value in differentiate(sinkhorn, arguments, **settings, impl=impl).items():
+        floor = _floor(name, settings["eps"])
+        assert_accurate(value, truth=truth[name], eager=eager[name], floor=floor, name=name)
 
 
 @pytest.mark.parametrize("kind", ["full", "minimal", "balanced"])
@@ -320,6 +334,7 @@ def _refusals():
     yield "cost must be float32, bfloat16, float16 or float64, got torch.int64", {"cost_BNM": cost.long()}
     yield "cost must have at most 2048 rows and columns, got 3 and 2049", {"cost_BNM": torch.rand(1, 3, 2049)}
     yield "eps must be positive and finite, got 0", {"eps": 0}
+    yield "eps must be positive and finite, got -0.1", {"eps": -0.1}
     yield "eps must be positive and finite, got nan", {"eps": math.nan}
     yield "iterations must be an integer of at least 1, got 0", {"iterations": 0}
     yield "iterations must be an integer of at least 1, got 2.0", {"iterations": 2.0}
@@ -330,6 +345,9 @@ def _refusals():
     yield "dustbin must be a number or a float tensor of shape []", {"dustbin": torch.rand(2)}
     yield "rows must be int32 or int64 of shape [2] on cpu, got torch.float32", {"rows_B": counts.float()}
     yield "cols must be int32 or int64 of shape [2] on cpu, got torch.int64 of shape (1,)", {"cols_B": counts[:1]}
+    yield "of shape [2] on cpu, got torch.int64 of shape (2,) on meta", {"rows_B": counts.to("meta")}
+    yield "of shape [] on cpu, got torch.float32 of shape () on meta", {"dustbin": torch.rand((), device="meta")}
+    yield "of shape [2, 3] on cpu, got torch.float32 of shape (2, 3) on meta", {"log_a_BN": weights_a.to("meta")}
     yield "rows must lie in [0, 3], got [3, -1]", {"rows_B": torch.tensor([3, -1])}
     yield "cols must lie in [0, 4], got [5, 0]", {"cols_B": torch.tensor([5, 0])}
     yield "log_a must be float of shape [2, 3] on cpu, got torch.float32 of shape (2, 4)", {"log_a_BN": weights_b}
@@ -345,7 +363,7 @@ def _refusals():
 @pytest.mark.parametrize(
     ("message", "arguments"), list(_refusals()), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_what_it_cannot_take_is_refused_by_name(message, arguments):
+def test_what_it_cannot_take_is_refused_by_name(message, arguments, device):
     legal = {"cost_BNM": torch.rand(2, 3, 4), "eps": 0.1, "iterations": 2, "dustbin": 0.3, "slack": "full"}
     with pytest.raises(ValueError, match=re.escape(message)):
         sinkhorn(**legal | arguments)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from kernels.dispatch import resolve
+from train.memory import keep_freed_memory
 
 CUBLAS_WORKSPACE = ":4096:8"
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -106,6 +107,8 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
             )
     if place.type == "cuda" and impl == "triton" and os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise EnvironmentRefused("TRITON_INTERPRET must not be set on a GPU: unset TRITON_INTERPRET and start again")
+    if place.type == "cpu":
+        keep_freed_memory()
     machine = Machine(device=place, precision=precision, impl=impl, threads=threads)
     _set_state(machine)
     check_state(machine)

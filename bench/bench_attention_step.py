@@ -1,0 +1,81 @@
+"""What an attention costs inside a training step on a CPU: the published model, 4 scenes of 2,048 points.
+
+ridgeline         `gqa_attention`, the operator of the model
+sdpa, expanded    the same function by PyTorch: normalised queries and keys, heads expanded, a mask of keys
+
+Before a row is timed, the loss of its step is compared with float64.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.functional import normalize, scaled_dot_product_attention
+
+from kernels.attention import gqa_attention
+from kernels.philox import named_normal
+from perceiver import blocks
+from perceiver.model import Perceiver
+from perceiver.scene import SceneBatch, stack_scenes
+from train.config import Recipe, StageConfig, load_recipe
+from train.determinism import Machine, enter
+from train.optim import build_optimizer
+from train.roofs import generate_scenes
+from train.step import predict_and_compare, update
+
+SCENES, POINTS = 4, 2048
+# relative error of the loss that each precision may show
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+
+
+def _sdpa_expanded(q_BHTD, k_BGSD, v_BGSD, log_scale_H, *, key_count_B=None, key_mask_BS=None, impl="auto"):
+    (H, G, S), mask = (q_BHTD.shape[1], *k_BGSD.shape[1:3]), None
+    if key_count_B is not None:
+        mask = (torch.arange(S) < key_count_B[:, None])[:, None, None]
+    unit_q_BHTD = normalize(q_BHTD, dim=-1) * log_scale_H.exp()[:, None, None].to(q_BHTD.dtype)
+    k_BHSD, v_BHSD = (x.repeat_interleave(H // G, 1) for x in (normalize(k_BGSD, dim=-1), v_BGSD))
+    return scaled_dot_product_attention(unit_q_BHTD.to(v_BHSD.dtype), k_BHSD, v_BHSD, attn_mask=mask, scale=1.0)
+
+
+ATTENTIONS = {"ridgeline": gqa_attention, "sdpa, expanded": _sdpa_expanded}
+
+
+@torch.no_grad()
+def _stirred_model(recipe: Recipe) -> Perceiver:
+    """The model moved off its start, where attention adds nothing to the stream."""
+    model = Perceiver(recipe.model, seed=recipe.seed)
+    for name, parameter in model.named_parameters():
+        parameter += 0.02 * named_normal(f"stir {name}", tuple(parameter.shape), seed=1)
+    return model
+
+
+@torch.no_grad()
+def _loss(model: Perceiver, batch: SceneBatch, recipe: Recipe, machine: Machine, stage: StageConfig) -> float:
+    weight = stage.endpoint_weight
+    return float(predict_and_compare(model, batch, recipe, machine, endpoint_weight=weight)[1].total)
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("peer", ATTENTIONS)
+def bench_attention_step(benchmark, monkeypatch, peer, precision):
+    recipe = load_recipe("s23dr")
+    stage = dataclasses.replace(recipe.stages[2], lr=1e-4)
+    batch = stack_scenes(generate_scenes(SCENES, seed=0, points=POINTS, setting="easy"))
+    exact = SceneBatch(**{name: x.double() if x.is_floating_point() else x for name, x in vars(batch).items()})
+    machine = enter(threads=recipe.threads, precision="fp32", impl="eager", device="cpu")
+    truth = _loss(_stirred_model(recipe).double(), exact, recipe, machine, stage)
+
+    machine, model = dataclasses.replace(machine, precision=precision), _stirred_model(recipe)
+    monkeypatch.setattr(blocks, "gqa_attention", ATTENTIONS[peer])
+    error = abs(_loss(model, batch, recipe, machine, stage) - truth) / abs(truth)
+    assert error <= TOLERANCE[precision], f"relative error {error:.1e}"
+    optimizer, steps = build_optimizer(model, recipe.optim), iter(range(1, 1_000_000))
+
+    def one_step() -> None:
+        update(model, optimizer, batch, step=next(steps), stage=stage, recipe=recipe, machine=machine)
+
+    benchmark.group = f"training step by attention, {precision}"
+    benchmark.extra_info.update(
+        peer=peer, scenes=SCENES, points=POINTS, precision=precision, threads=recipe.threads, error=f"{error:.1e}"
+    )
+    benchmark.pedantic(one_step, rounds=9, warmup_rounds=2)
