@@ -14,6 +14,8 @@ if not HAS_GPU:
     interpreter_fixes.install()
     interpreter_checks.install()
 
+# tests neither read nor leave rows in the user's cache
+os.environ["RIDGELINE_CACHE"] = "off"
 torch.set_num_threads(1)
 
 

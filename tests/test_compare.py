@@ -121,8 +121,8 @@ def test_one_flipped_bit_while_training_is_found_down_to_step_and_tensor(finishe
 def test_exchanged_rows_are_found_at_the_first_step_and_named(finished, tmp_path, monkeypatch):
     real = train.loop.stage_data
 
-    def exchanged(recipe, number):
-        data = real(recipe, number)
+    def exchanged(recipe, number, **options):
+        data = real(recipe, number, **options)
         order = torch.arange(len(data.train))
         order[:2] = torch.tensor([1, 0])
         # the ids stay: each of the two scenes takes the other's place in the epochs

@@ -98,8 +98,8 @@ def test_a_final_state_that_was_not_trained_so_is_found(run_dir):
 def test_exchanged_rows_are_found(finished, monkeypatch):
     real = train.replay.stage_data
 
-    def exchanged(recipe, number):
-        data = real(recipe, number)
+    def exchanged(recipe, number, **options):
+        data = real(recipe, number, **options)
         rows = data.train.rows
         order = torch.arange(len(rows))
         order[[0, 1]] = order[[1, 0]]
