@@ -19,6 +19,8 @@ else:
     interpreter_fixes.install()
     interpreter_checks.install()
 
+# tests neither read nor leave rows in the user's cache
+os.environ["RIDGELINE_CACHE"] = "off"
 torch.set_num_threads(1)
 
 

@@ -100,7 +100,7 @@ def test_every_kind_gives_the_rows_that_were_written(tmp_path, monkeypatch, data
     files = [str(file) for file in sorted((tmp_path / "parquet").iterdir())]
     asked, load_dataset = [], datasets.load_dataset
 
-    def hub(name, *, split):
+    def hub(name, *, split, keep_in_memory):
         asked.append((name, split))
         return load_dataset("parquet", data_files=files, split="train")
 
@@ -152,7 +152,7 @@ def test_names_of_generated_roofs_are_known_before_they_are_generated():
 
 
 def test_parts_are_the_rows_before_the_last_and_the_last():
-    rows = Rows(uri=SourceUri.parse("npz:x?dev=3"), order_ids=list("abcdefgh"), scene=lambda i, truth: None)
+    rows = Rows(uri=SourceUri.parse("npz:x?dev=3"), order_ids=list("abcdefgh"), task=lambda i, truth: None, made_of=str)
     assert rows.span("train") == range(5)
     assert rows.span("dev") == range(5, 8)
     assert rows.span("all") == rows.span(None) == range(8)
@@ -160,7 +160,7 @@ def test_parts_are_the_rows_before_the_last_and_the_last():
 
 @pytest.mark.parametrize("part", ["train", "dev"])
 def test_set_no_larger_than_its_dev_part_is_refused(part):
-    rows = Rows(uri=SourceUri.parse("npz:x?dev=3"), order_ids=list("abc"), scene=lambda i, truth: None)
+    rows = Rows(uri=SourceUri.parse("npz:x?dev=3"), order_ids=list("abc"), task=lambda i, truth: None, made_of=str)
     with pytest.raises(SourceError, match=r"npz:x\?dev=3: has 3 rows, no more than its dev part of 3"):
         rows.span(part)
     assert rows.span("all") == range(3)
@@ -242,7 +242,7 @@ def test_hub_that_does_not_answer_gives_advice(kind, monkeypatch, datasets):
         "unknown": datasets.exceptions.DatasetNotFoundError("Dataset 'usm3d/x' doesn't exist on the Hub"),
     }[kind]
 
-    def load_dataset(name, *, split):
+    def load_dataset(name, *, split, keep_in_memory):
         raise raised
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -8,7 +8,7 @@ from train.data import StageData, load_stage_data
 from train.order import batch_indices, batches_per_epoch, epoch_order
 
 
-def stage_data(recipe: Recipe, number: int) -> StageData:
+def stage_data(recipe: Recipe, number: int, *, progress: bool = False) -> StageData:
     """Load the rows of stage `number`, counted from 1.
 
     Raises:
@@ -21,16 +21,20 @@ def stage_data(recipe: Recipe, number: int) -> StageData:
         bad_samples=ROOT / bad if bad else None,
         strict=recipe.data.strict,
         published_split=recipe.data.published_split,
+        progress=progress,
     )
 
 
 class StageBatches:
-    """The batches of stage `number`, counted from 1; epochs count from the stage's start."""
+    """The batches of stage `number`, counted from 1; epochs count from the stage's start.
 
-    def __init__(self, recipe: Recipe, number: int, data: StageData, device: torch.device):
+    `rows` are all rows of the stage on the device; a batch is gathered from them there.
+    """
+
+    def __init__(self, recipe: Recipe, number: int, data: StageData, device: torch.device, *, progress: bool = False):
         self._stage, self._first = recipe.stages[number - 1], recipe.start_of(number - 1)
         self._seed, self._order_ids, self._device = recipe.seed, data.train.order_ids, device
-        self.rows = data.train.rows.to(device)
+        self.rows = data.train.on(device, progress=progress)
         self._per_epoch = batches_per_epoch(len(data.train), self._stage.batch)
         self._epoch, self._order = -1, torch.empty(0)
 

@@ -13,7 +13,7 @@ published sets are not cut at the same scene), and those that bad_samples.txt na
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 
@@ -21,13 +21,17 @@ import numpy as np
 import torch
 
 from perceiver.scene import RowError, Scene, SceneBatch, stack_scenes
-from train.sources import Rows, SourceError, SourceUri, open_rows
+from train.decoding import decode
+from train.resident import Columns, Facts, keep_rows, to_device
+from train.sources import Rows, SourceError, SourceUri, digest_sources, open_rows
 
 _log = logging.getLogger(__name__)
 # scenes that are held as objects at a time while a set is stacked
 _CHUNK = 256
 # undecodable rows that are named one by one
 _NAMED = 10
+# the code between the bytes of a source and stacked rows
+_CODE = ("kernels.philox", "perceiver.scene", "train.sources", "train.data", "train.resident")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,9 +46,16 @@ class RowSet:
     order_ids: tuple[str, ...]
     digest: str
     scenes: tuple[Scene, ...] = ()
+    _moved: dict[torch.device, SceneBatch] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.order_ids)
+
+    def on(self, device: torch.device, *, progress: bool = False) -> SceneBatch:
+        """Return the rows on a device: moved there with the first call, and held there as long as this set is."""
+        if device not in self._moved:
+            self._moved[device] = to_device(self.rows, device, title=f"{self.uri}: to {device}", progress=progress)
+        return self._moved[device]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +96,7 @@ def load_stage_data(
     bad_samples: Path | None = None,
     strict: bool = False,
     published_split: bool = False,
+    progress: bool = False,
 ) -> StageData:
     """Load what one stage trains on and is measured on.
 
@@ -94,6 +106,7 @@ def load_stage_data(
         bad_samples: file of order_ids to leave out of training; the dev part stays as published.
         strict: raise at the first undecodable row instead of leaving it out.
         published_split: keep the published recipe's split, which only leaves out the set's own dev rows.
+        progress: show bars.
     Returns:
         The train and dev rows in file order. A row that is bad and in a dev part counts as bad.
     Raises:
@@ -117,8 +130,8 @@ def load_stage_data(
             dropped_leak += 1
         else:
             numbers.append(i)
-    dev = _load_rows(source, "dev", source.span("dev"), strict=strict)
-    train = _load_rows(source, "train", numbers, strict=strict)
+    dev = _load_dev(source, strict=strict, progress=progress)
+    train = _load_train(source, numbers, strict=strict, progress=progress)
     if train.rows.xyz_BT3.shape[1] != dev.rows.xyz_BT3.shape[1]:
         raise SourceError(f"{uri}: its train and dev parts differ in their number of points")
     counts = Counts(
@@ -145,7 +158,9 @@ def load_scenes(uri: str | SourceUri, *, truth: bool = True, strict: bool = Fals
     """
     uri = SourceUri.parse(uri)
     source = open_rows(uri)
-    scenes = list(_decode(source, source.span(uri.part), truth=truth, strict=strict))
+    failed: list[RowError] = []
+    scenes = list(_decode(source, source.span(uri.part), failed, truth=truth, strict=strict))
+    _complain(uri, failed)
     if not scenes:
         raise SourceError(f"{uri}: has no usable rows")
     return scenes
@@ -251,55 +266,79 @@ def _dev_order_ids(source: Rows, dev_uris: Sequence[str | SourceUri]) -> frozens
     return frozenset(rows.order_ids[i] for rows in sources for i in rows.span("dev"))
 
 
-def _decode(source: Rows, numbers: Iterable[int], *, truth: bool, strict: bool) -> Iterator[Scene]:
-    """The usable ones of some rows; the others are warned of, or the first of them raises."""
-    failed = 0
-    for i in numbers:
-        try:
-            scene = source.scene(i, truth)
-        except RowError as error:
-            if strict:
-                raise
-            failed += 1
-            if failed <= _NAMED:
-                _log.warning("%s: %s; the row is left out", source.uri, error)
-            continue
-        yield scene
-    if failed > _NAMED:
-        _log.warning("%s: %d rows are undecodable and left out", source.uri, failed)
+def _decode(
+    source: Rows,
+    numbers: Sequence[int],
+    failed: list[RowError],
+    *,
+    truth: bool = True,
+    strict: bool,
+    progress: bool = False,
+) -> Iterator[Scene]:
+    """The usable ones of some rows in their order; the others are added to `failed`, or the first of them raises."""
+    from tqdm import tqdm
+
+    outcomes = decode((source.task(i, truth) for i in numbers), len(numbers))
+    for outcome in tqdm(outcomes, str(source.uri), len(numbers), unit="row", leave=False, disable=not progress):
+        if not isinstance(outcome, RowError):
+            yield outcome
+        elif strict:
+            raise outcome
+        else:
+            failed.append(outcome)
 
 
-def _load_rows(source: Rows, part: str, numbers: Sequence[int], *, strict: bool) -> RowSet:
-    """Decode and stack rows chunk by chunk; the scenes themselves are kept for the dev part only."""
-    digest = hashlib.sha256()
-    order_ids: list[str] = []
-    kept: list[Scene] = []
-    columns: dict[str, torch.Tensor] = {}
-    points = 0
-    scenes = _decode(source, numbers, truth=True, strict=strict)
-    for chunk in iter(lambda: list(islice(scenes, _CHUNK)), []):
-        points = points or len(chunk[0].mask)
-        for scene in chunk:
-            _check_points(scene, points)
-            _add_to_digest(digest, scene)
-        batch = stack_scenes(chunk)
-        for field in fields(batch):
-            rows = getattr(batch, field.name)
-            if field.name not in columns:
-                columns[field.name] = rows.new_empty((len(numbers), *rows.shape[1:]))
-            columns[field.name][len(order_ids) : len(order_ids) + len(chunk)] = rows
-        order_ids += [scene.order_id for scene in chunk]
-        if part == "dev":
-            kept += chunk
-    if not order_ids:
-        raise SourceError(f"{source.uri}: its {part} part has no usable rows")
+def _complain(uri: SourceUri, failed: Sequence[RowError]) -> None:
+    for error in failed[:_NAMED]:
+        _log.warning("%s: %s; the row is left out", uri.with_part(None), error)
+    if len(failed) > _NAMED:
+        _log.warning("%s: %d rows are undecodable and left out", uri.with_part(None), len(failed))
+
+
+def _load_dev(source: Rows, *, strict: bool, progress: bool) -> RowSet:
+    failed: list[RowError] = []
+    scenes = tuple(_decode(source, source.span("dev"), failed, strict=strict, progress=progress))
+    _complain(source.uri, failed)
+    if not scenes:
+        raise SourceError(f"{source.uri}: its dev part has no usable rows")
     return RowSet(
-        uri=source.uri.with_part(part),
-        rows=SceneBatch(**{name: column[: len(order_ids)] for name, column in columns.items()}),
-        order_ids=tuple(order_ids),
-        digest=digest.hexdigest(),
-        scenes=tuple(kept),
+        uri=source.uri.with_part("dev"),
+        rows=stack_scenes(scenes),
+        order_ids=tuple(scene.order_id for scene in scenes),
+        digest=digest_scenes(scenes),
+        scenes=scenes,
     )
+
+
+def _load_train(source: Rows, numbers: Sequence[int], *, strict: bool, progress: bool) -> RowSet:
+    """Take rows from the cache, or decode and stack them chunk by chunk."""
+    uri = source.uri.with_part("train")
+
+    def fill(columns: Columns) -> Facts:
+        digest, order_ids, points = hashlib.sha256(), [], 0
+        failed: list[RowError] = []
+        scenes = _decode(source, numbers, failed, strict=strict, progress=progress)
+        for chunk in iter(lambda: list(islice(scenes, _CHUNK)), []):
+            points = points or len(chunk[0].mask)
+            for scene in chunk:
+                _check_points(scene, points)
+                _add_to_digest(digest, scene)
+            columns.append(stack_scenes(chunk))
+            order_ids += [scene.order_id for scene in chunk]
+        if not order_ids:
+            _complain(uri, failed)
+            raise SourceError(f"{source.uri}: its train part has no usable rows")
+        undecodable = [(error.order_id, error.field, error.reason) for error in failed]
+        return {"order_ids": order_ids, "digest": digest.hexdigest(), "undecodable": undecodable}
+
+    chosen = "\n".join(f"{i} {source.order_ids[i]}" for i in numbers)
+    depends_on = "\n".join([str(uri), digest_sources(*_CODE), source.made_of(), chosen])
+    rows, facts = keep_rows(str(uri), depends_on, len(numbers), fill, progress=progress)
+    failed = [RowError(*error) for error in facts["undecodable"]]
+    if failed and strict:
+        raise failed[0]
+    _complain(uri, failed)
+    return RowSet(uri=uri, rows=rows, order_ids=tuple(facts["order_ids"]), digest=facts["digest"])
 
 
 def _check_points(scene: Scene, points: int) -> None:
@@ -310,8 +349,8 @@ def _check_points(scene: Scene, points: int) -> None:
 def _add_to_digest(digest, scene: Scene) -> None:
     order_id = scene.order_id.encode()
     digest.update(b"row %d\n" % len(order_id) + order_id)
-    for field in fields(scene):
-        value = getattr(scene, field.name)
-        if field.name != "order_id" and value is not None:
-            digest.update(f"{field.name} {value.dtype.str} {list(value.shape)}\n".encode())
+    for column in fields(scene):
+        value = getattr(scene, column.name)
+        if column.name != "order_id" and value is not None:
+            digest.update(f"{column.name} {value.dtype.str} {list(value.shape)}\n".encode())
             digest.update(value.tobytes())

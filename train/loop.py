@@ -173,7 +173,7 @@ class _Trainer:
         data = self._load(number, stage)
         if caught:
             raise RunStopped(caught[0], self.step)
-        batches = StageBatches(self.recipe, number, data, self.machine.device)
+        batches = StageBatches(self.recipe, number, data, self.machine.device, progress=self.progress)
         updates = StageUpdates(
             self.model,
             self.optimizer,
@@ -318,7 +318,9 @@ class _Trainer:
     def _load(self, number: int, stage: StageConfig) -> StageData:
         """Load the stage's rows, note them in the metrics, and refuse rows that changed since the run began."""
         if self._data is None or self._data_uri != stage.data:
-            self._data = stage_data(self.recipe, number)
+            # the rows of the stage before make room first, also on the device
+            self._data = None
+            self._data = stage_data(self.recipe, number, progress=self.progress)
             self._data_uri = stage.data
             self.say(self._data.describe())
             self.say(describe_coverage(stage.data, self._data.dev.scenes))

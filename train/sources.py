@@ -13,12 +13,15 @@ Only `hf` and `parquet` need the package `datasets`; they use its own cache (`HF
 """
 
 import contextlib
+import hashlib
+import importlib
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -38,6 +41,8 @@ _KINDS = {
     "roofs": (r"roofs:(easy|real)", "roofs:easy or roofs:real", ("points", "scenes", "seed")),
 }
 _SPLITS = frozenset({"train", "validation", "test"})
+# what generated rows depend on beside their URI
+GENERATOR = ("train.roofs", "train.roof_types", "train.roof_shapes", "train.draws")
 
 
 class SourceError(ValueError):
@@ -103,12 +108,23 @@ class SourceUri:
 class Rows:
     """The rows of a source in order, decoded one at a time.
 
-    `scene(i, truth)` decodes row i, with or without demanding ground truth, and raises RowError if it cannot.
+    `task(i, truth)` is what decodes row i, with or without demanding ground truth, and raises RowError if it cannot;
+    it can be pickled, so another process may call it. `made_of()` is a text that is another one as soon as the rows
+    may be others: of files their paths, sizes and times of change, of generated rows the generator's sources.
     """
 
     uri: SourceUri
     order_ids: Sequence[str]
-    scene: Callable[[int, bool], Scene]
+    task: Callable[[int, bool], Callable[[], Scene]]
+    made_of: Callable[[], str]
+
+    def scene(self, i: int, truth: bool) -> Scene:
+        """Decode row i.
+
+        Raises:
+            RowError: it cannot be decoded.
+        """
+        return self.task(i, truth)()
 
     def __len__(self) -> int:
         return len(self.order_ids)
@@ -141,6 +157,15 @@ def open_rows(uri: str | SourceUri) -> Rows:
     if not len(rows):
         raise SourceError(f"{uri}: has no rows")
     return rows
+
+
+def digest_sources(*modules: str) -> str:
+    """Return the SHA-256 over the source files of modules: what they make may differ once it does."""
+    digest = hashlib.sha256()
+    for name in modules:
+        source = Path(str(importlib.import_module(name).__file__)).read_bytes()
+        digest.update(f"{name} {len(source)}\n".encode() + source)
+    return digest.hexdigest()
 
 
 def write_parquet(scenes: Iterable[Scene], directory: Path | str, *, rows_per_file: int = 1024) -> None:
@@ -210,26 +235,32 @@ def _open_roofs(uri: SourceUri) -> Rows:
 
     at = [(uri.seed, i) for i in range(uri.scenes)] + [(uri.seed + 1, i) for i in range(uri.dev)]
 
-    def scene(i: int, truth: bool) -> Scene:
+    def task(i: int, truth: bool) -> Callable[[], Scene]:
         seed, index = at[i]
-        return generate_scene(index, seed=seed, points=uri.points, setting=uri.place)
+        return partial(generate_scene, index, seed=seed, points=uri.points, setting=uri.place)
 
     # the names that train.roofs gives; to know them must not cost the scenes
     order_ids = [f"roofs-{uri.place}-{seed}-{index:06d}" for seed, index in at]
-    return Rows(uri=uri, order_ids=order_ids, scene=scene)
+    return Rows(uri=uri, order_ids=order_ids, task=task, made_of=lambda: digest_sources(*GENERATOR))
 
 
 def _open_npz(uri: SourceUri) -> Rows:
     files = sorted(_directory(uri).glob("*.npz"), key=lambda file: file.stem)
 
-    def scene(i: int, truth: bool) -> Scene:
-        try:
-            data = files[i].read_bytes()
-        except OSError as error:
-            raise RowError(files[i].stem, "data", f"cannot be read ({error})") from error
-        return decode_scene(files[i].stem, data, truth=truth)
+    def task(i: int, truth: bool) -> Callable[[], Scene]:
+        return partial(_decode_file, files[i], truth)
 
-    return Rows(uri=uri, order_ids=[file.stem for file in files], scene=scene)
+    return Rows(
+        uri=uri, order_ids=[file.stem for file in files], task=task, made_of=lambda: "\n".join(map(_stamp, files))
+    )
+
+
+def _decode_file(file: Path, truth: bool) -> Scene:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise RowError(file.stem, "data", f"cannot be read ({error})") from error
+    return decode_scene(file.stem, data, truth=truth)
 
 
 def _open_parquet(uri: SourceUri) -> Rows:
@@ -241,7 +272,8 @@ def _open_parquet(uri: SourceUri) -> Rows:
     if len(splits) > 1:
         raise SourceError(f"{uri}: {directory} mixes the splits {', '.join(splits)}; give each its own directory")
     advice = "Are they whole, and do all of them have the columns order_id and data?"
-    return _load_table(uri, advice, "parquet", data_files=[str(file) for file in files], split="train")
+    rows = _load_table(uri, advice, "parquet", data_files=[str(file) for file in files], split="train")
+    return replace(rows, made_of=lambda: "\n".join(map(_stamp, files)))
 
 
 def _open_hub(uri: SourceUri) -> Rows:
@@ -262,7 +294,8 @@ def _load_table(uri: SourceUri, advice: str, *args, **options) -> Rows:
     watched = uri.kind == "hf" and sys.stderr.isatty()
     try:
         with contextlib.nullcontext() if watched else _quiet(datasets):
-            table = datasets.load_dataset(*args, **options)
+            # on the disk, where its files tell whether it changed
+            table = datasets.load_dataset(*args, **options, keep_in_memory=False)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise SourceError(f"{uri}: cannot read the set ({_one_line(error.__cause__ or error)}). {advice}") from error
     return _table_rows(uri, table)
@@ -276,15 +309,25 @@ def _table_rows(uri: SourceUri, table) -> Rows:
             raise SourceError(f"{uri}: needs the columns order_id: string and data: binary, has {found}")
     order_ids = list(table.select_columns("order_id")[:]["order_id"])
 
-    def scene(i: int, truth: bool) -> Scene:
-        if order_ids[i] is None:
-            raise RowError(f"number {i}", "order_id", "is missing")
-        data = table[i]["data"]
-        if data is None:
-            raise RowError(order_ids[i], "data", "is missing")
-        return decode_scene(order_ids[i], data, truth=truth)
+    def task(i: int, truth: bool) -> Callable[[], Scene]:
+        return partial(_decode_cells, i, order_ids[i], table[i]["data"], truth)
 
-    return Rows(uri=uri, order_ids=order_ids, scene=scene)
+    files = [Path(file["filename"]) for file in table.cache_files]
+    return Rows(uri=uri, order_ids=order_ids, task=task, made_of=lambda: "\n".join(map(_stamp, files)))
+
+
+def _decode_cells(i: int, order_id: str | None, data: bytes | None, truth: bool) -> Scene:
+    if order_id is None:
+        raise RowError(f"number {i}", "order_id", "is missing")
+    if data is None:
+        raise RowError(order_id, "data", "is missing")
+    return decode_scene(order_id, data, truth=truth)
+
+
+def _stamp(file: Path) -> str:
+    status = file.stat()
+    # the time of a status change cannot be set back, that of a modification can
+    return f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _directory(uri: SourceUri) -> Path:
