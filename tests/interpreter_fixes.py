@@ -24,6 +24,7 @@ def install() -> None:
     InterpreterBuilder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
     InterpreterBuilder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     interpreter._patch_lang_tensor = _with_index(interpreter._patch_lang_tensor)
+    interpreter._patch_lang = _once(interpreter._patch_lang)
     GridExecutor.__call__ = _without_float_warnings(GridExecutor.__call__)
 
 
@@ -94,6 +95,19 @@ def _with_index(method):
     def wrapped(tensor, scope):
         method(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
+
+    return wrapped
+
+
+def _once(method):
+    """Do not search the whole language again at each call of a device function, where the launch has patched it."""
+
+    @functools.wraps(method)
+    def wrapped(fn):
+        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if languages and not any(tl.core.is_builtin(language.load) for language in languages):
+            return interpreter._LangPatchScope()
+        return method(fn)
 
     return wrapped
 
