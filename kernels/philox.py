@@ -14,6 +14,9 @@ from enum import IntEnum
 
 import torch
 
+from kernels.dispatch import resolve
+from kernels.philox_triton import philox_words
+
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
@@ -36,13 +39,14 @@ Counter = torch.Tensor | int
 
 
 def philox_4x32(
-    c0: Counter, c1: Counter, c2: Counter, c3: Counter, *, seed: int
+    c0: Counter, c1: Counter, c2: Counter, c3: Counter, *, seed: int, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the four 32-bit words of Philox-4x32-10.
 
     Args:
         c0, c1, c2, c3: counters; int64 tensors that broadcast together, or ints, with values in [0, 2^32).
         seed: the key, in [0, 2^64).
+        impl: "auto", "eager" or "triton", see `kernels.dispatch`; the same words.
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2^32), on the counters' device.
     Raises:
@@ -58,6 +62,8 @@ def philox_4x32(
             raise ValueError(f"counters must be int64, got {tensor.dtype}")
     device = tensors[0].device if tensors else torch.device("cpu")
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    if resolve(impl, device) == "triton":
+        return philox_words(counters, shape, seed, device)
     words = torch.empty(4, *shape, dtype=torch.int64, device=device)
     _fill(words.unbind(0), [_as_tensor(c, device) for c in counters], seed)
     w0, w1, w2, w3 = words.bitwise_and_(_WORD).unbind(0)

@@ -1,5 +1,7 @@
 """Philox words in one launch, where `kernels.philox` would take a hundred: for counters on a GPU."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +10,7 @@ BLOCK = 256
 
 
 def philox_words(
-    counters: list[torch.Tensor | int], shape: torch.Size, seed: int, device: torch.device
+    counters: Sequence[torch.Tensor | int], shape: torch.Size, seed: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the four words, int64 tensors of `shape`, as `kernels.philox.philox_4x32` does for checked counters."""
     words = torch.empty(4, *shape, dtype=torch.int64, device=device)

@@ -17,10 +17,19 @@ VECTORS = [
 ]
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize(("counters", "seed", "words"), VECTORS)
-def test_published_vectors(counters, seed, words):
-    got = philox_4x32(*(torch.tensor([c]) for c in counters), seed=seed)
+def test_published_vectors(counters, seed, words, impl, device):
+    got = philox_4x32(*(torch.tensor([c], device=device) for c in counters), seed=seed, impl=impl)
     assert tuple(int(w) for w in got) == words
+
+
+def test_both_forms_give_the_same_words_for_numbers_scalars_and_tensors(device):
+    element, scene = torch.arange(300, device=device), torch.tensor([[7], [0xFFFFFFF0]], device=device)
+    counters = (element, 0xFFFFFFFE, torch.tensor(1 << 31, device=device), scene)
+    eager, triton = (philox_4x32(*counters, seed=(1 << 63) + 5, impl=impl) for impl in ("eager", "triton"))
+    assert triton[0].shape == (2, 300)
+    assert all(torch.equal(a, b) for a, b in zip(eager, triton, strict=True))
 
 
 def test_counters_may_be_ints_and_broadcast():
