@@ -70,7 +70,7 @@ def catch(kernel: str, tile: Tile | None, tensors: Tensors) -> Caught:
     """
     module, name, _ = KERNELS[kernel]
     q_BHTD = tensors["q_BHTD"]
-    key = (attention_tile._family(q_BHTD), "half", q_BHTD.shape[-1])
+    key = (attention_tile.family(q_BHTD), "half", q_BHTD.shape[-1])
     launches, original = attention_tile.TILES[key], getattr(module, name)
     number, caught = attention_tile.KERNELS.index(kernel), Caught(original)
     try:
