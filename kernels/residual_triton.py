@@ -19,9 +19,9 @@ from kernels.philox_tile import dropout_rows, kernel_draws
 from kernels.reduce import sum_segments
 
 # widest row of the class -> (rows of a tile, warps), in both passes: eight elements a thread, one call of Philox
-LAUNCHES = {128: (8, 4), 256: (4, 4), 512: (4, 8), 1024: (2, 8)}
+LAUNCHES = {128: (8, 4), 256: (4, 2), 512: (4, 8), 1024: (2, 8)}
 WIDEST = max(LAUNCHES)
-SEGMENT = 32
+SEGMENT = 16
 
 
 def residual_norm_forward(x_BTC, y_BTC, gain_C, bias_C, dropout, dtype, copy, eps):
