@@ -15,7 +15,7 @@ import torch
 
 from kernels.dispatch import resolve, values_are_readable
 from kernels.points_backward import point_layers_backward
-from kernels.points_eager import point_features, point_layers
+from kernels.points_eager import folded_features, point_features, point_layers
 from kernels.points_forward import empty_outputs, point_features_triton, point_layers_forward
 from kernels.points_tile import ROWS, WIDTH
 
@@ -80,7 +80,7 @@ def point_embedding(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if resolve(impl, xyz_BT3.device) == "eager":
-        return _eager(points, tables, layers, point_count_B, precision)
+        return _eager(points, tables, layers, point_count_B, precision, folded=True)
     _check_for_kernels(xyz_BT3, votes_BT2, tables, gain)
     return _triton(points, tables, layers, point_count_B, precision)
 
@@ -106,23 +106,26 @@ def point_embedding_reference(
     """The meaning of `point_embedding`, in plain PyTorch; in float64 the truth."""
     points = (xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2)
     tables = (frequencies_F3, label_table, source_table, behind_table)
-    return _eager(points, tables, (weight1, bias1, weight2, bias2, gain), point_count_B, None)
+    return _eager(points, tables, (weight1, bias1, weight2, bias2, gain), point_count_B, None, folded=False)
 
 
-def _eager(points, tables, layers, point_count_B, precision: str | None) -> torch.Tensor:
+def _eager(points, tables, layers, point_count_B, precision: str | None, *, folded: bool) -> torch.Tensor:
     xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2 = points
     absent_BT1 = None
-    if point_count_B is not None:
-        T = xyz_BT3.shape[1]
+    T = xyz_BT3.shape[1]
+    if point_count_B is not None and not (values_are_readable(point_count_B) and bool((point_count_B >= T).all())):
         absent_BT1 = (torch.arange(T, device=xyz_BT3.device) >= point_count_B[:, None]).unsqueeze(-1)
         xyz_BT3 = xyz_BT3.masked_fill(absent_BT1, 0)
         votes_BT2 = None if votes_BT2 is None else votes_BT2.masked_fill(absent_BT1, 0)
     names = ("frequencies_F3", "label_table", "source_table", "behind_table")
     device = xyz_BT3.device.type
     with torch.autocast(device, enabled=False):
-        features_BTK = point_features(
-            xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2, **dict(zip(names, tables, strict=True))
-        )
+        points = (xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2)
+        if folded:
+            features_BTK, weight1 = folded_features(points, tables, layers[0])
+            layers = (weight1, *layers[1:])
+        else:
+            features_BTK = point_features(*points, **dict(zip(names, tables, strict=True)))
     with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
         memory_BTC = point_layers(features_BTK, *layers)
     return memory_BTC if absent_BT1 is None else memory_BTC.masked_fill(absent_BT1, 0)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch.nn import functional
 
+from kernels.rms_norm import rms_norm
+
 
 def point_features(
     xyz_BT3: torch.Tensor,
@@ -31,11 +33,27 @@ def point_features(
     return torch.cat(parts, dim=-1)
 
 
+def folded_features(points, tables, weight1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return [xyz | sin p, cos p | one-hot label, source, behind | votes] and the first layer's weight for them.
+
+    A table's rows times its columns of weight1 are the columns of its classes: the features have no gradient, and the
+    gradient of a table is a product of weights.
+    """
+    (xyz_BT3, *indices, votes_BT2), (frequencies_F3, *tables) = points, tables
+    widths = [3 + 2 * len(frequencies_F3), *(table.shape[1] for table in tables)]
+    first, *embedded, last = weight1.split([*widths, weight1.shape[1] - sum(widths)], dim=1)
+    folded = [part @ table.T for part, table in zip(embedded, tables, strict=True)]
+    one_hot = [_one_hot(index, table) for index, table in zip(indices, tables, strict=True)]
+    votes = [] if votes_BT2 is None else [votes_BT2]
+    features_BTK = torch.cat([xyz_BT3, _waves(xyz_BT3, frequencies_F3), *one_hot, *votes], dim=-1)
+    return features_BTK, torch.cat([first, *folded, last], dim=1)
+
+
 def point_layers(features_BTK, weight1, bias1, weight2, bias2, gain) -> torch.Tensor:
     """RMSNorm(W2 GELU(W1 features + b1) + b2) gain, the norm in float32 at least."""
     hidden_BTJ = functional.gelu(functional.linear(features_BTK, weight1, bias1))
     y_BTC = functional.linear(hidden_BTJ, weight2, bias2)
-    return functional.rms_norm(y_BTC.to(torch.promote_types(y_BTC.dtype, torch.float32)), gain.shape, gain)
+    return rms_norm(y_BTC.to(torch.promote_types(y_BTC.dtype, torch.float32)), gain)
 
 
 def _waves(xyz_BT3: torch.Tensor, frequencies_F3: torch.Tensor) -> torch.Tensor:
@@ -48,5 +66,9 @@ def _waves(xyz_BT3: torch.Tensor, frequencies_F3: torch.Tensor) -> torch.Tensor:
 
 def _rows_of(table_KC: torch.Tensor, index_BT: torch.Tensor) -> torch.Tensor:
     """Look rows up by a one-hot product: its gradient is a matrix product, where an index would scatter."""
+    return _one_hot(index_BT, table_KC) @ table_KC
+
+
+def _one_hot(index_BT: torch.Tensor, table_KC: torch.Tensor) -> torch.Tensor:
     classes = torch.arange(len(table_KC), device=index_BT.device, dtype=index_BT.dtype)
-    return (index_BT[..., None] == classes).to(table_KC.dtype) @ table_KC
+    return (index_BT[..., None] == classes).to(table_KC.dtype)

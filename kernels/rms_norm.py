@@ -12,13 +12,15 @@ from torch import Tensor
 # of `torch.nn.RMSNorm` in each dtype
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 BLOCK = 1024
+# elements from which on calling it pays
+SMALL = 1 << 17
 
 
 def rms_norm(x: Tensor, gain_C: Tensor) -> Tensor:
     """Divide the rows of x by the root of their mean square, times a gain: `torch.nn.functional.rms_norm`.
 
     Args:
-        x: [*, C], float32 or float64; on a device that is no CPU PyTorch's own form runs.
+        x: [*, C], float32 or float64; where it is small or on another device PyTorch's own form runs.
         gain_C: of x's dtype.
     Returns:
         [*, C], a new tensor.
@@ -31,35 +33,53 @@ def rms_norm(x: Tensor, gain_C: Tensor) -> Tensor:
         raise ValueError(f"x must be float32 or float64, got {x.dtype}")
     if gain_C.shape != x.shape[-1:] or gain_C.dtype != x.dtype:
         raise ValueError(f"gain must be {list(x.shape[-1:])} of {x.dtype}, got {list(gain_C.shape)} of {gain_C.dtype}")
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or x.numel() < SMALL:
         return torch.nn.functional.rms_norm(x, gain_C.shape, gain_C)
-    return _RMSNorm.apply(x, gain_C)
+    return _forward(x, gain_C)[0]
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, gain_C):
-        y, r = torch.empty(x.shape, dtype=x.dtype), torch.empty((*x.shape[:-1], 1), dtype=x.dtype)
-        for x_RC, y_RC, r_R1 in _blocks(x, y, r):
-            torch.linalg.vector_norm(x_RC, dim=-1, keepdim=True, out=r_R1)
-            r_R1.square_().div_(x.shape[-1]).add_(EPS[x.dtype]).rsqrt_()
-            torch.mul(x_RC, r_R1, out=y_RC).mul_(gain_C)
-        ctx.save_for_backward(x, r, gain_C)
-        return y
+@torch.library.custom_op("ridgeline::rms_norm_forward", mutates_args=())
+def _forward(x: Tensor, gain_C: Tensor) -> tuple[Tensor, Tensor]:
+    """y and the inverse roots r [*, 1]."""
+    y, r = x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1))
+    for x_RC, y_RC, r_R1 in _blocks(x, y, r):
+        torch.linalg.vector_norm(x_RC, dim=-1, keepdim=True, out=r_R1)
+        r_R1.square_().div_(x.shape[-1]).add_(EPS[x.dtype]).rsqrt_()
+        torch.mul(x_RC, r_R1, out=y_RC).mul_(gain_C)
+    return y, r
 
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        (dy,) = grad_outputs
-        x, r, gain_C = ctx.saved_tensors
-        dx, dgain_C = torch.empty_like(dy, memory_format=torch.contiguous_format), torch.zeros_like(gain_C)
-        for dy_RC, x_RC, r_R1, dx_RC in _blocks(dy, x, r, dx):
-            part_RC, part_C, _ = torch.ops.aten.native_layer_norm_backward(
-                dy_RC, x_RC, gain_C.shape, torch.zeros_like(r_R1), r_R1, gain_C, None, (True, True, False)
-            )
-            taken_R1 = (dy_RC @ gain_C).unsqueeze(-1).mul_(r_R1).div_(x.shape[-1])
-            torch.add(part_RC, taken_R1, out=dx_RC)
-            dgain_C += part_C
-        return dx, dgain_C
+
+@torch.library.custom_op("ridgeline::rms_norm_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, r: Tensor, gain_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and the gain."""
+    dx, dgain_C = x.new_empty(x.shape), torch.zeros_like(gain_C)
+    for dy_RC, x_RC, r_R1, dx_RC in _blocks(dy, x, r, dx):
+        part_RC, part_C, _ = torch.ops.aten.native_layer_norm_backward(
+            dy_RC, x_RC, gain_C.shape, torch.zeros_like(r_R1), r_R1, gain_C, None, (True, True, False)
+        )
+        taken_R1 = (dy_RC @ gain_C).unsqueeze(-1).mul_(r_R1).div_(x.shape[-1])
+        torch.add(part_RC, taken_R1, out=dx_RC)
+        dgain_C += part_C
+    return dx, dgain_C
+
+
+@_forward.register_fake
+def _(x, gain_C):
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1))
+
+
+@_backward.register_fake
+def _(dy, x, r, gain_C):
+    return x.new_empty(x.shape), torch.empty_like(gain_C)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, gain_C = inputs
+    ctx.save_for_backward(x, output[1], gain_C)
+    ctx.mark_non_differentiable(output[1])
+
+
+_forward.register_autograd(lambda ctx, dy, _: _backward(dy, *ctx.saved_tensors), setup_context=_save)
 
 
 def _blocks(*tensors):

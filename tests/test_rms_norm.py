@@ -7,6 +7,11 @@ from kernels.rms_norm import rms_norm
 from tests.accuracy import assert_accurate
 
 
+@pytest.fixture(autouse=True)
+def by_hand_at_any_size(monkeypatch):
+    monkeypatch.setitem(rms_norm.__globals__, "SMALL", 0)
+
+
 def differentiate(function, x, gain, dtype):
     x, gain = (t.detach().to(dtype).requires_grad_() for t in (x, gain))
     y = function(x, gain)
@@ -32,6 +37,20 @@ def test_gradcheck():
     x, gain = torch.randn(2, 3, 4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
     assert torch.autograd.gradcheck(rms_norm, (x.requires_grad_(), gain.requires_grad_()))
     assert torch.autograd.gradcheck(lambda x: rms_norm(x, gain.detach()), (x,))
+
+
+def test_registration_and_compilation():
+    x, gain = torch.randn(2, 3, 8, requires_grad=True), torch.rand(8, requires_grad=True)
+    torch.library.opcheck(torch.ops.ridgeline.rms_norm_forward.default, (x, gain))
+    y, r = torch.ops.ridgeline.rms_norm_forward(x.detach(), gain.detach())
+    torch.library.opcheck(torch.ops.ridgeline.rms_norm_backward.default, (y, x.detach(), r, gain.detach()))
+    compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
+    for found, wanted in zip(
+        torch.autograd.grad(compiled(x, gain).sum(), (x, gain)),
+        torch.autograd.grad(rms_norm(x, gain).sum(), (x, gain)),
+        strict=True,
+    ):
+        assert torch.equal(found, wanted)
 
 
 def test_strides_rows_of_zeros_and_no_rows():
