@@ -18,11 +18,12 @@ class KeyValueColumns:
 
     Args:
         kv_BSX: float32, bfloat16 or float16, where Triton kernels run.
+        precision: of the products of float32 inputs on a GPU: "tf32" or "ieee".
     Determinism: that of `kernels.gqa_attention`.
     """
 
-    def __init__(self, kv_BSX: torch.Tensor):
-        self.kv_BSX, self.end = kv_BSX, 0
+    def __init__(self, kv_BSX: torch.Tensor, *, precision: str = "tf32"):
+        self.kv_BSX, self.end, self._precision = kv_BSX, 0, precision
 
     def attend(
         self,
@@ -43,8 +44,8 @@ class KeyValueColumns:
             raise ValueError(f"kv must have {self.end} columns for this and earlier attentions, got {X}")
         resolve("triton", q_BHTD.device)
         _check(q_BHTD, *_columns(self.kv_BSX, start, self.end, kv_heads), log_scale_H, key_count_B, None)
-        _check_options(q_BHTD, log_scale_H, "static", "tf32", 1)
-        arguments = (q_BHTD, self.kv_BSX, log_scale_H, key_count_B, start, self.end, kv_heads)
+        _check_options(q_BHTD, log_scale_H, "static", self._precision, 1)
+        arguments = (q_BHTD, self.kv_BSX, log_scale_H, key_count_B, start, self.end, kv_heads, self._precision)
         o_BHTD, self.kv_BSX = _Attend.apply(*arguments)
         return o_BHTD
 
@@ -53,12 +54,12 @@ class _Attend(torch.autograd.Function):
     """o_BHTD, and kv_BSX to hand on."""
 
     @staticmethod
-    def forward(ctx, q_BHTD, kv_BSX, log_scale_H, key_count_B, start: int, end: int, kv_heads: int):
-        ctx.columns = start, end, kv_heads
+    def forward(ctx, q_BHTD, kv_BSX, log_scale_H, key_count_B, start: int, end: int, kv_heads: int, precision: str):
+        ctx.columns, ctx.precision = (start, end, kv_heads), precision
         ctx.set_materialize_grads(False)
         k_BGSD, v_BGSD = _columns(kv_BSX, *ctx.columns)
         operator = torch.ops.ridgeline.gqa_attention_forward
-        outputs = operator(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, None, "static", "tf32", 1, "triton")
+        outputs = operator(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, None, "static", precision, 1, "triton")
         ctx.save_for_backward(q_BHTD, kv_BSX, log_scale_H, key_count_B, *outputs)
         return outputs[0], kv_BSX.view_as(kv_BSX)
 
@@ -75,12 +76,12 @@ class _Attend(torch.autograd.Function):
         if do_BHTD is None or 0 in (q_BHTD.numel(), kv_BSX.numel()):
             dk_BGSD.zero_()
             dv_BGSD.zero_()
-            return torch.zeros_like(q_BHTD), dkv_BSX, torch.zeros_like(log_scale_H), *[None] * 4
+            return torch.zeros_like(q_BHTD), dkv_BSX, torch.zeros_like(log_scale_H), *[None] * 5
         inputs = _kernel_inputs(q_BHTD, *_columns(kv_BSX, *ctx.columns), log_scale_H, key_count_B, None)
         dq_BHTD, _, _, dlog_scale_H = attention_backward(
-            dense_rows(do_BHTD), *inputs, *outputs, "tf32", into=(dk_BGSD, dv_BGSD)
+            dense_rows(do_BHTD), *inputs, *outputs, ctx.precision, into=(dk_BGSD, dv_BGSD)
         )
-        return dq_BHTD, dkv_BSX, dlog_scale_H, *[None] * 4
+        return dq_BHTD, dkv_BSX, dlog_scale_H, *[None] * 5
 
 
 def _columns(kv_BSX: torch.Tensor, start: int, end: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:

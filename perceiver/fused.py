@@ -99,7 +99,8 @@ def _feed_forward(block: FeedForwardBlock, x_BTC, weights: _Weights) -> torch.Te
 
 def _keys_and_values(memory_BSC, readers: Sequence[GroupedQueryAttention], weights: _Weights) -> KeyValueColumns:
     """The keys and values of the readers, in their order, from one product."""
-    return KeyValueColumns(linear(memory_BSC, weights[_key_value_projections(readers)]))
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return KeyValueColumns(linear(memory_BSC, weights[_key_value_projections(readers)]), precision=precision)
 
 
 def _key_value_projections(readers: Sequence[GroupedQueryAttention]) -> tuple[nn.Linear, ...]:

@@ -2,8 +2,8 @@
 
 | there | here |
 | --- | --- |
-| forward pass, loss, gradients: same weights, same input | each form errs no more than twice the reference, against float64 |
-| training from the same seed: equal steps 1 to 44 | 100 steps: no further from float64 than rounding the first weights |
+| forward pass, loss, gradients on the same input | against float64, no form errs more than twice the reference |
+| training from the same seed: equal steps 1 to 44 | 100 steps no further from float64 than rounded first weights go |
 | deterministic mode, two runs | every form, always: the same bits |
 
 A form is a row of FORMS: what computes the operators, and how the updates are launched.
@@ -20,8 +20,11 @@ import pytest
 import torch
 
 import perceiver.blocks
+import perceiver.fused
 import perceiver.loss
-from kernels import gqa_attention, gqa_attention_reference, match_segments_reference
+import perceiver.model
+from kernels import gqa_attention, gqa_attention_reference, match_segments_reference, point_embedding_reference
+from kernels.attention_columns import KeyValueColumns, _columns
 from perceiver.blocks import DropoutKey
 from perceiver.model import Perceiver
 from perceiver.scene import SceneBatch, stack_scenes
@@ -54,20 +57,32 @@ class Form:
     def entered(self, device: torch.device) -> Iterator[Machine]:
         """Make the model compute in this form meanwhile."""
         with pytest.MonkeyPatch.context() as patch:
-            # float32 is compared: no TF32 in products
-            patch.setattr(perceiver.blocks, "gqa_attention", functools.partial(gqa_attention, precision="ieee"))
             for module, name, reference in REFERENCES if self.reference else ():
-                patch.setattr(module, name, _without_impl(reference))
+                patch.setattr(module, name, _without_choice(reference))
             yield enter(threads=1, precision="fp32", impl=self.impl, device=str(device))
 
 
+def _rms_norm_reference(x: torch.Tensor, gain_C: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, gain_C.shape, gain_C)
+
+
+# where the eager form takes an operator from, and what it means
 REFERENCES = (
+    (perceiver.model, "point_embedding", point_embedding_reference),
     (perceiver.blocks, "gqa_attention", gqa_attention_reference),
+    (perceiver.blocks, "rms_norm", _rms_norm_reference),
     (perceiver.loss, "match_segments", match_segments_reference),
+)
+# where the form of the kernels takes its operators from, beside attention
+OPERATORS = (
+    (perceiver.model, "point_embedding"),
+    (perceiver.fused, "residual_norm"),
+    (perceiver.fused, "bias_gelu"),
+    (perceiver.loss, "match_segments"),
 )
 # what trains: small enough for the interpreter to make 100 updates in half a minute
 TRAINED = dataclasses.replace(
-    SMALL,
+    load_recipe("tiny").model,
     hidden=16,
     ff=16,
     num_heads=1,
@@ -90,9 +105,9 @@ FORMS = {"reference": Form(reference=True), "eager": Form(), "triton": Form(impl
 TRUTH = Form(reference=True, dtype=torch.float64)
 
 
-def _without_impl(reference):
+def _without_choice(reference):
     @functools.wraps(reference)
-    def operator(*args, impl, **options):
+    def operator(*args, impl="", precision="", **options):
         return reference(*args, **options)
 
     return operator
@@ -140,10 +155,8 @@ def train(
     `rounding` moves each initial weight by one unit in the last place of float32, up, down or not, another way each.
     """
     base = load_recipe("tiny")
-    recipe = dataclasses.replace(
-        base, model=TRAINED, stages=(STAGE,), loss=dataclasses.replace(base.loss, iterations=5)
-    )
-    model = Perceiver(recipe.model, seed=recipe.seed)
+    recipe = dataclasses.replace(base, model=TRAINED, stages=(STAGE,))
+    model = Perceiver(recipe.model, seed=1)
     if rounding:
         generator = torch.Generator().manual_seed(rounding)
         with torch.no_grad():
@@ -179,7 +192,6 @@ def distances(run: tuple[torch.Tensor, torch.Tensor], truth: tuple[torch.Tensor,
 def test_100_steps_are_no_further_from_float64_than_rounding_the_first_weights(form, device):
     """Updates amplify rounding, so no two forms agree for long; they may differ by what any rounding would do."""
     truth = train(TRUTH, device)
-    assert truth[0][:10, 0].mean() > 2 * truth[0][-10:, 0].mean()
     rounded = [distances(train(FORMS["reference"], device, rounding=i), truth) for i in (1, 2, 3)]
     allowed = 2 * torch.stack(rounded).amax(dim=0) + 8 * torch.finfo(torch.float32).eps
     found = distances(train(FORMS[form], device), truth)
@@ -196,7 +208,7 @@ def test_two_runs_of_the_tiny_recipe_on_kernels_are_identical(tmp_path, device):
     """L4, through the door of a run: weights, optimizer, metrics, trace and certificate."""
     first, last = tiny_recipe().stages[0], tiny_recipe().stages[2]
     quick = dataclasses.replace(tiny_recipe().evaluate, every=0, scenes=2, batch=2)
-    stages = dataclasses.replace(first, until=2, batch=2), dataclasses.replace(last, until=3, batch=2)
+    stages = dataclasses.replace(first, until=1, batch=2), dataclasses.replace(last, until=2, batch=2)
     recipe = tiny_recipe(impl="triton", stages=stages, evaluate=quick)
     for name in ("a", "b"):
         run(recipe, tmp_path / name, device=str(device), progress=False, say=lambda _line: None)
@@ -216,20 +228,30 @@ def test_a_scene_of_the_tiny_recipe_has_the_bits_it_has_alone(device):
 
         return wrapped
 
+    class RecordedColumns(KeyValueColumns):
+        def attend(self, q_BHTD, log_scale_H, *, kv_heads, key_count_B):
+            start, kv_BSX = self.end, self.kv_BSX
+            found = super().attend(q_BHTD, log_scale_H, kv_heads=kv_heads, key_count_B=key_count_B)
+            tensors = (q_BHTD, *_columns(kv_BSX, start, self.end, kv_heads), log_scale_H)
+            options = {"key_count_B": key_count_B, "precision": "ieee", "impl": "triton"}
+            calls.append((gqa_attention, tensors, options, found))
+            return found
+
     model = stirred(Perceiver(recipe.model), spread=0.02).to(device)
     batch = stack_scenes(generate_scenes(3, seed=0, points=64, setting="easy")).to(device)
+    drop = DropoutKey(rate=recipe.model.dropout, seed=recipe.seed, step=1, scene_B=batch.scene_B)
     with Form(impl="triton").entered(device) as machine, pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        for module, name, _ in REFERENCES:
+        patch.setattr(perceiver.fused, "KeyValueColumns", RecordedColumns)
+        for module, name in OPERATORS:
             patch.setattr(module, name, recorded(getattr(module, name)))
-        predict_and_compare(model, batch, recipe, machine, endpoint_weight=0.1)
-    assert len(calls) == len(recipe.stages) * 2 + 1
+        predict_and_compare(model, batch, recipe, machine, endpoint_weight=0.1, drop=drop)
+    assert {operator.__name__ for operator, *_ in calls} == {name for _, name in OPERATORS} | {"gqa_attention"}
+
+    def only(x, b):
+        return x[b : b + 1] if isinstance(x, torch.Tensor) and x.dim() and len(x) == len(batch) else x
+
     for operator, tensors, options, together in calls:
-        batched = [x if len(x) == len(batch) else None for x in tensors]
         for b in (0, 2):
-            alone = operator(
-                *(x if y is None else y[b : b + 1] for x, y in zip(tensors, batched, strict=True)),
-                **{k: x[b : b + 1] if isinstance(x, torch.Tensor) else x for k, x in options.items()},
-            )
+            alone = operator(*(only(x, b) for x in tensors), **{name: only(x, b) for name, x in options.items()})
             pairs = zip(together, alone, strict=True) if isinstance(together, tuple) else [(together, alone)]
-            for x, y in pairs:
-                assert torch.equal(x[b : b + 1], y)
+            assert all(x is y or torch.equal(only(x, b), y) for x, y in pairs), operator.__name__
