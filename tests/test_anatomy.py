@@ -43,7 +43,7 @@ def test_activations_come_in_forward_order_and_rows_are_the_augmented_ones():
     _, seen, model = one_update(torch.device("cpu"), watched=True)
     blocks = [f"latent_layers.{i}.{part}" for i in (0, 1) for part in ("cross", "self_attn", "ffn")]
     blocks += [f"decoder_layers.0.{part}" for part in ("cross", "self_attn", "ffn")]
-    names = ["tokenizer", *(f"segmenter.{name}" for name in ("input_proj", *blocks))]
+    names = ["memory", *(f"segmenter.{name}" for name in blocks)]
     assert list(seen["activation"]) == [*names, "mid_BN3", "dir_BN3", "len_BN", "conf_BN"]
     assert seen["activation"]["segmenter.latent_layers.1.ffn"].shape == (3, RECIPE.model.latent_tokens, 32)
     rows, stored = seen["rows"], vars(small_batch())
