@@ -77,3 +77,13 @@ def test_differing_tensors_are_counted_and_measured():
     ]
     nan = {"w": torch.tensor([float("nan")])}
     assert differing_tensors(nan, nan) == []
+
+
+def test_fused_layers_have_the_same_seams(device):
+    model = stirred(Perceiver(dataclasses.replace(RECIPE.model, latent_layers=1)))
+    shapes = []
+    for impl, place in (("eager", torch.device("cpu")), ("triton", device)):
+        with watch_update(model.to(place)) as seen, torch.no_grad():
+            model(small_batch(1).to(place), impl=impl)
+        shapes.append([(name, x.shape) for name, x in seen["activation"].items()])
+    assert shapes[0] == shapes[1]
