@@ -43,7 +43,7 @@ def test_activations_come_in_forward_order_and_rows_are_the_augmented_ones():
     _, seen, model = one_update(torch.device("cpu"), watched=True)
     blocks = [f"latent_layers.{i}.{part}" for i in (0, 1) for part in ("cross", "self_attn", "ffn")]
     blocks += [f"decoder_layers.0.{part}" for part in ("cross", "self_attn", "ffn")]
-    names = ["tokenizer", *(f"segmenter.{name}" for name in ("input_proj", *blocks))]
+    names = ["memory", *(f"segmenter.{name}" for name in blocks)]
     assert list(seen["activation"]) == [*names, "mid_BN3", "dir_BN3", "len_BN", "conf_BN"]
     assert seen["activation"]["segmenter.latent_layers.1.ffn"].shape == (3, RECIPE.model.latent_tokens, 32)
     rows, stored = seen["rows"], vars(small_batch())
@@ -77,3 +77,13 @@ def test_differing_tensors_are_counted_and_measured():
     ]
     nan = {"w": torch.tensor([float("nan")])}
     assert differing_tensors(nan, nan) == []
+
+
+def test_fused_layers_have_the_same_seams(device):
+    model = stirred(Perceiver(dataclasses.replace(RECIPE.model, latent_layers=1)))
+    shapes = []
+    for impl, place in (("eager", torch.device("cpu")), ("triton", device)):
+        with watch_update(model.to(place)) as seen, torch.no_grad():
+            model(small_batch(1).to(place), impl=impl)
+        shapes.append([(name, x.shape) for name, x in seen["activation"].items()])
+    assert shapes[0] == shapes[1]

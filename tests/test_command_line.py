@@ -47,8 +47,12 @@ def test_a_run_can_be_scored_and_compared_and_answers_a_set(runs, tmp_path, caps
 def test_runs_that_differ_give_exit_code_1_and_the_first_difference(runs, capsys):
     assert main(["run", *QUICK, "--runs", str(runs), "--name", "other", "--seed", "4", "--stages.2.until", "13"]) == 0
     assert main(["compare", str(runs / "tiny"), str(runs / "other")]) == 1
-    printed = capsys.readouterr().out
-    assert "differ\n  metrics: first at step 1 (train): " in printed
+    printed = capsys.readouterr()
+    assert "differ\n  metrics: first at step 1 (train): " in printed.out
+    assert "\n  recomputed: step 0, before: first tokenizer.label_emb.weight: " in printed.out
+    assert f"making the initial weights of {runs / 'other'} again" in printed.err
+    assert main(["compare", str(runs / "tiny"), str(runs / "other"), "--no-recompute"]) == 1
+    assert "recomputed" not in capsys.readouterr().out
 
 
 def test_a_run_can_be_checked(runs, tmp_path, capsys):
@@ -57,6 +61,9 @@ def test_a_run_can_be_checked(runs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "certificate.json holds\n" in printed and "  steps 1 to 8: every value the same\n" in printed
     assert f"yes, step 10 of {runs / 'tiny'} was computed so\n  recomputed steps 9 to 10 from stage1.pt" in printed
+    assert main(["replay", str(runs / "tiny"), "--step", "9", "--tensors"]) == 0
+    kinds = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert list(dict.fromkeys(kinds)) == ["before", "rows", "activation", "loss", "gradient", "after"]
 
 
 def test_what_cannot_be_checked_is_exit_code_2_and_what_is_wrong_1(runs, tmp_path, capsys):

@@ -148,7 +148,7 @@ def test_the_first_differing_tensor_of_each_kind_is_named(finished, tmp_path):
 def test_a_wider_loss_shows_in_the_loss_and_coarser_products_in_an_activation(finished, tmp_path):
     train_quietly(tiny_recipe(precision="bf16"), tmp_path / "other")
     found = of(compare_runs(finished, tmp_path / "other"), "recomputed: step 1, ")
-    assert found[0].startswith("recomputed: step 1, activation: first segmenter.input_proj: 16,384 of 16,384 elements ")
+    assert found[0].startswith("recomputed: step 1, activation: first memory: ")
     assert found[-1].startswith("recomputed: step 1, before, rows")
 
 
@@ -219,7 +219,7 @@ def test_exchanged_rows_are_found_down_to_step_and_tensor(tmp_path):
     assert comparison.differences[0].startswith("metrics: first at step 1 (data): train_digest ")
     rows, activation = of(comparison, "recomputed: step 1, ")[:2]
     assert rows.startswith("recomputed: step 1, rows: first xyz_BT3: ")
-    assert activation.startswith("recomputed: step 1, activation: first tokenizer: ")
+    assert activation.startswith("recomputed: step 1, activation: first memory: ")
 
 
 def test_another_kernel_table_is_found_down_to_step_and_value(device, tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def _stop_at(monkeypatch, at):
 
 def test_a_run_leaves_what_it_promises(finished):
     names = {p.name for p in finished.iterdir()}
-    assert {"trace.jsonl", "certificate.json"} <= names
+    assert {"trace.jsonl", "processes.jsonl", "certificate.json"} <= names
     assert {"config.json", "metrics.jsonl", "speed.jsonl", "checkpoint.pt", "step000007.pt", "step000014.pt"} <= names
     assert {f"stage{k}{part}.pt" for k in (1, 2, 3) for part in ("", "_tail")} <= names
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]

@@ -13,6 +13,7 @@ from pathlib import Path
 # cuBLAS reads it when CUDA starts, which may be before the recipe is known
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+from train.anatomy import KINDS
 from train.checkpoint import CheckpointError
 from train.compare import compare_runs
 from train.config import Recipe, load_recipe
@@ -21,10 +22,11 @@ from train.determinism import EnvironmentRefused, Machine, enter
 from train.evaluate import SET_TITLES, evaluate_command, scores_path
 from train.loop import RunDiverged, RunStopped, run
 from train.predict import predict_command
-from train.replay import Verdict, replay
+from train.replay import Verdict, recompute_update, replay
 from train.rundir import RunRefused
 from train.sources import SourceUri
 from train.starting_point import LoadedModel, load_model, load_start
+from train.trace import tensor_digests
 from train.verify import verify
 
 _REFUSALS = (
@@ -113,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=Path, help="a run directory")
     sub.add_argument("--step", type=int, required=True, metavar="S", help="the last update to check")
     sub.add_argument("--steps", type=int, default=1, metavar="N", help="how many updates to check (default: 1)")
+    sub.add_argument("--tensors", action="store_true", help="print the digest of every tensor of update S instead")
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the run's)")
     sub.set_defaults(action=_replay)
 
@@ -256,6 +259,14 @@ def _compare(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _replay(options: argparse.Namespace, _rest: list[str]) -> int:
+    if options.tensors:
+        again = recompute_update(options.run, options.step, device=options.device)
+        for note in (f"step {options.step:,} of {options.run}, from {again.origin}", *again.notes):
+            print(note, file=sys.stderr)
+        for kind in KINDS:
+            for name, value in tensor_digests(again.tensors[kind]).items():
+                print(kind, name, value)
+        return int(bool(again.notes))
     return _answer(replay(options.run, options.step, steps=options.steps, device=options.device))
 
 

@@ -298,13 +298,21 @@ def _evidence(run: RunFiles) -> str:
     parts = ["<h2>Evidence</h2>"]
     if rows:
         parts.append(_table(["of", "rows", "SHA-256"], rows))
-    for title, value in (("Certificate", run.certificate), ("Recipe, resolved", run.config)):
+    for title, value in (("Certificate", _without_sources(run.certificate)), ("Recipe, resolved", run.config)):
         if value:
             opened = " open" if title == "Certificate" else ""
             parts.append(f"<details{opened}><summary>{title}</summary>{_tree(value)}</details>")
         else:
             parts.append(f'<p class="note">{title}: not in the run directory.</p>')
     return "\n".join(parts)
+
+
+def _without_sources(certificate: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A certificate with the number of its sources in place of their digests."""
+    code = certificate.get("code")
+    if not isinstance(code, Mapping) or not isinstance(code.get("files"), Mapping):
+        return certificate
+    return {**certificate, "code": {**code, "files": len(code["files"])}}
 
 
 def _tree(value: Any) -> str:
