@@ -141,6 +141,10 @@ def _table(rows: Sequence[Case], everything: Sequence[Case]) -> list[str]:
 def _note(case: Case, everything: Sequence[Case]) -> str:
     """What else a number says: rates, a share of a step, a time per row."""
     notes, seconds = [], case["median_s"]
+    if "clock" in case:
+        notes.append(f"clock: {case['clock']}")
+    if "wall_median_s" in case:
+        notes.append(f"launched one by one {time_text(case['wall_median_s'])}")
     if "flops" in case:
         notes.append(f"{case['flops'] / seconds / 1e9:.3g} GFLOP/s")
     if "bytes" in case:

@@ -62,6 +62,7 @@ def test_our_own_operator_may_not_refuse(planted):
 
 def test_other_bits_in_a_second_call_are_seen(planted):
     assert planted[1]["bench_changing"]["same_bits"] is False
+    assert planted[1]["bench_moving"]["same_bits"] is True
 
 
 def test_a_slower_operator_is_found_by_compare(planted, tmp_path, capsys):
