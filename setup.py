@@ -23,6 +23,8 @@ setup(
         "eval": ["hoho2025"],
         "viz": ["plotly>=6"],
         "peers": ["geomloss", "POT"],
+        # needs CUDA, so it is no part of the pinned environment
+        "gpu-peers": ["flash-sinkhorn==0.4.1"],
         "dev": ["pytest>=8", "pytest-xdist", "pytest-benchmark", "ruff", "basedpyright"],
     },
 )

@@ -1,5 +1,5 @@
 """python -m bench [SUITE ...] [--out FILE]     run benchmark suites and keep their numbers in a small file
-python -m bench report                       tables and charts of all committed results, into docs/
+python -m bench report                       tables and charts of all committed results, into docs/ and README.md
 python -m bench compare A B                  what became slower or faster from result file A to B (also --compare A B)
 
 A suite is a file bench/bench_<suite>.py. Each case checks its result before it is timed; a case whose check fails has
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.results import default_name, installed_versions, merge, read_lines, read_results, write_results
+from bench.results import RESULTS, default_name, installed_versions, merge, read_lines, read_results, write_results
 
 FOLDER = Path(__file__).parent
 SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")))
@@ -25,8 +25,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["report"]:
-        from bench.tables import main as report
-
         return report(arguments[1:])
     if arguments[:1] in (["compare"], ["--compare"]):
         from bench.spread import main as compare
@@ -38,14 +36,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for suite in options.suites or SUITES:
         with tempfile.TemporaryDirectory() as scratch:
             lines = Path(scratch) / "lines"
-            failed = run_suite(FOLDER / f"bench_{suite}.py", lines, options.select, options.seconds)
-            cases = read_lines(lines)
-        if cases:
-            before = read_results(out) if out.exists() else None
-            write_results(out, merge(before, cases, machine, part=bool(options.select or failed)))
-            print(f"{suite}: {len(cases)} cases kept in {out}", flush=True)
-        code = max(code, failed)
+            try:
+                code |= run_suite(FOLDER / f"bench_{suite}.py", lines, options.select, options.seconds)
+            finally:
+                if cases := read_lines(lines):
+                    before = read_results(out) if out.exists() else None
+                    write_results(out, merge(before, cases, machine, part=bool(options.select)))
+                    print(f"{suite}: {len(cases)} cases kept in {out}", flush=True)
     return code
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Write the page, its charts and the README's numbers."""
+    from bench.readme import README, fill
+    from bench.tables import read_devices, write_report
+
+    parser = argparse.ArgumentParser(prog="python -m bench report")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=FOLDER.parent / "docs", help="folder (default: %(default)s)")
+    parser.add_argument("--readme", type=Path, default=README, help="has regions of numbers (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        files = {options.out / name: text for name, text in write_report(read_devices(options.results)).items()}
+        files[options.readme] = fill(options.readme.read_text(), options.results)
+    except (ValueError, OSError) as error:
+        print(f"bench report: {error}", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        path.write_text(text)
+        print(f"written to {path}")
+    return 0
 
 
 def run_suite(path: Path, lines: Path, select: str | None = None, seconds: float = 0.5) -> int:

@@ -42,14 +42,16 @@ def _serial_scores() -> list[torch.Tensor]:
 @pytest.mark.parametrize("how", WORKERS)
 def bench_score(measure, how):
     with ScorePool(workers=WORKERS[how]) as pool:
+        truth = []
         if SCORER.version() is not None:
+            truth = _serial_scores() if how == "pool" else []
             (score,) = pool.score([_jobs()[0]._replace(prediction=_jobs()[0].truth)])
             assert score.hss == pytest.approx(1.0), "the truth must score 1"
         measure(
             lambda: [torch.tensor(pool.score(_jobs()), dtype=torch.float64)],
             group=f"evaluate, official score of {SCENES} scenes, {how}",
             peer=SCORER,
-            truth=_serial_scores() if how == "pool" else [],
+            truth=truth,
             scenes=SCENES,
             workers=WORKERS[how],
         )

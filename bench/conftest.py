@@ -101,7 +101,7 @@ class Measure:
             started = time.perf_counter()
             found = [x.detach().clone() for x in checked()]
             notes["first_call_s"] = _significant(time.perf_counter() - started)
-            notes["peak_mb"] = _significant(peak_bytes(run) / 1e6)
+            launched = run
             if peer.graph:
                 run = checked = graphed(checked)
                 found = [x.detach().clone() for x in checked()]
@@ -114,6 +114,8 @@ class Measure:
         if ON_GPU:
             torch.cuda.synchronize()
         call_s = time.perf_counter() - started
+        # after both checks, because a call may change what it works on; a replay holds nothing of its own
+        notes["peak_mb"] = _significant(peak_bytes(launched) / 1e6)
         notes |= {"error": f"{error:.1e}"} if truth else {}
         notes |= {"same_bits": same_bits(found, again)} if found else {}
         notes |= {"flops": flops} if flops else {}

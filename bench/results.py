@@ -62,7 +62,7 @@ def merge(results: Results | None, cases: Sequence[Case], machine: Mapping[str, 
     Args:
         results: what there is; cases of suites that were not run now are kept.
         machine: what `installed_versions` says where the new cases were measured.
-        part: only some cases of these suites were run: keep the others, too.
+        part: only some cases of these suites were run: keep the others, too, and say that they are older.
     """
     suites = {case["suite"] for case in cases}
     new = {key(case) for case in cases}
@@ -70,6 +70,8 @@ def merge(results: Results | None, cases: Sequence[Case], machine: Mapping[str, 
     kept = [case for case in old if part or case["suite"] not in suites]
     software = {name: value for name, value in machine.items() if name not in _HARDWARE}
     measured = {suite: {"date": date.today().isoformat(), **software} for suite in suites}
+    for case in kept if part else ():
+        measured.get(case["suite"], {})["part"] = True
     return {
         "machine": {name: machine[name] for name in _HARDWARE if name in machine},
         "suites": dict(sorted(((results or {}).get("suites", {}) | measured).items())),

@@ -228,7 +228,11 @@ def _print_rows(finding: Finding, *, heading: bool) -> None:
     for row in finding.rows.values():
         cells = [f"sm_{unit.arch}", row["kernel"], "x".join(map(str, row["grid"]))]
         cells += [row[name] for name in ("warps", "registers", "spills", "stack", "shared")]
-        cells += [f"{row['blocks']} {row['occupancy']:.0%}", row["limiter"][:15], row["instructions"]]
+        cells += [
+            f"{row['blocks']} {row['occupancy']:.0%}",
+            row["limiter"].replace(" + ", "+")[:15],
+            row["instructions"],
+        ]
         cells += [sum(row["matrix"].values()), f"{row['bound_us']:.2f}", row["bound_by"], row["sha256"][:12]]
         print(form.format(*cells), flush=True)
 

@@ -35,12 +35,25 @@ class Case:
 
 
 # (kernel, architecture) -> (how many spilling instructions are accepted, why)
-SPILLS_ALLOWED: dict[tuple[str, int], tuple[int, str]] = {}
+SPILLS_ALLOWED: dict[tuple[str, int], tuple[int, str]] = {
+    ("_sinkhorn_large_bwd_kernel", 89): (2, "one store and one load in its first half-step, beyond the model's sizes"),
+}
 
 
 def _iterations(launch: Launch) -> int:
-    whole = ("_sinkhorn_fwd_kernel", "_sinkhorn_bwd_kernel", "_match_segments_fwd_kernel")
+    whole = (
+        "_sinkhorn_fwd_kernel",
+        "_sinkhorn_bwd_kernel",
+        "_sinkhorn_large_grad_kernel",
+        "_match_segments_fwd_kernel",
+    )
     return ITERATIONS if launch.kernel in whole else 1
+
+
+def _sinkhorn_trips(size: int, launch: Launch) -> int:
+    """A half-step of a problem beyond one tile walks over all blocks of the other side."""
+    half_steps = ("_sinkhorn_large_fwd_kernel", "_sinkhorn_large_bwd_kernel", "_sinkhorn_large_vectors_kernel")
+    return -(-size // launch.constants["BLOCK"]) if launch.kernel in half_steps else _iterations(launch)
 
 
 def _sinkhorn(B: int, N: int, M: int, dtype: torch.dtype, *, slack: str, dustbin: bool) -> None:
@@ -67,7 +80,7 @@ def _sinkhorn_cases() -> list[Case]:
         "32x32": (64, 32, 32, torch.float32, {"slack": "full", "dustbin": True}, True),
         "64x128": (64, 64, 128, torch.float32, {"slack": "full", "dustbin": True}, True),
         "128x128": (64, 128, 128, torch.float32, {"slack": "full", "dustbin": True}, True),
-        "512x512": (8, 512, 512, torch.float32, {"slack": "full", "dustbin": True}, True),
+        "512x512": (8, 512, 512, torch.float32, {"slack": "full", "dustbin": True}, False),
     }
     return [
         Case(
@@ -75,7 +88,7 @@ def _sinkhorn_cases() -> list[Case]:
             name=name,
             run=functools.partial(_sinkhorn, B, N, M, dtype, **options),
             full=full,
-            trips=_iterations,
+            trips=functools.partial(_sinkhorn_trips, max(N, M)),
             main_loop={"special": 4},
         )
         for name, (B, N, M, dtype, options, full) in table.items()

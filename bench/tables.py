@@ -1,21 +1,18 @@
-"""python -m bench report [--results DIR] [--out DIR]: tables and charts of all committed results, into docs/.
+"""Tables and charts of all result files, as `python -m bench report` writes them into docs/.
 
 Written are docs/benchmarks.md and, per device, a chart of ratios and a scaling curve per operator. Equal result files
 give equal bytes. A ratio is the peer's median over ours: above 1 ours is faster; one inside both spreads is noise.
 """
 
-import argparse
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from bench.charts import Bar, Point, ratio_chart, scaling_chart
 from bench.peers import OURS, balanced_peers
-from bench.results import RESULTS, Case, Results, measured, read_results
+from bench.results import Case, Results, measured, read_results
 from bench.spread import judge
 
-DOCS = Path(__file__).parent.parent / "docs"
 OPERATORS = {
     "sinkhorn": "Sinkhorn",
     "matching": "Segment matching",
@@ -36,24 +33,6 @@ distance of the quartiles; a ratio inside both spreads is noise. The error is th
 relative to its largest true value. Memory is what a call held at most beside its inputs. "First call" includes
 compilation.
 """
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page and its charts."""
-    parser = argparse.ArgumentParser(prog="python -m bench report", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=DOCS, help="folder for the page (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    try:
-        devices = read_devices(options.results)
-    except ValueError as error:
-        print(f"bench report: {error}", file=sys.stderr)
-        return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, text in write_report(devices).items():
-        (options.out / name).write_text(text)
-        print(f"written to {options.out / name}")
-    return 0
 
 
 def read_devices(folder: Path) -> dict[str, Results]:
@@ -149,9 +128,9 @@ def _table(rows: Sequence[Case], everything: Sequence[Case]) -> list[str]:
             lines.append(f"| {case['peer']} |{' |' * (len(head) - 2)} {_cell(reason)} |")
             continue
         ratio = _ratio(case, rows)
-        cells = [case["peer"], _time(case["median_s"]), _time(case["iqr_s"])]
+        cells = [case["peer"], time_text(case["median_s"]), time_text(case["iqr_s"])]
         cells.append("" if ratio is None else f"{ratio[0]:.2f} (noise)" if ratio[1] else f"**{ratio[0]:.2f}**")
-        cells += [_time(case["device_median_s"]) if "device_median_s" in case else ""] if on_device else []
+        cells += [time_text(case["device_median_s"]) if "device_median_s" in case else ""] if on_device else []
         cells += [case.get("error", ""), {True: "yes", False: "no", None: ""}[case.get("same_bits")]]
         cells += [f"{case['peak_mb']:.1f} MB" if "peak_mb" in case else ""]
         cells += [f"{case['first_call_s']:.2f} s" if "first_call_s" in case else "", _note(case, everything)]
@@ -162,14 +141,18 @@ def _table(rows: Sequence[Case], everything: Sequence[Case]) -> list[str]:
 def _note(case: Case, everything: Sequence[Case]) -> str:
     """What else a number says: rates, a share of a step, a time per row."""
     notes, seconds = [], case["median_s"]
+    if "clock" in case:
+        notes.append(f"clock: {case['clock']}")
+    if "wall_median_s" in case:
+        notes.append(f"launched one by one {time_text(case['wall_median_s'])}")
     if "flops" in case:
         notes.append(f"{case['flops'] / seconds / 1e9:.3g} GFLOP/s")
     if "bytes" in case:
         notes.append(f"{case['bytes'] / seconds / 1e9:.3g} GB/s")
     if "scenes" in case and case["suite"] == "evaluate":
-        notes.append(f"{_time(seconds / case['scenes'])} per scene")
+        notes.append(f"{time_text(seconds / case['scenes'])} per scene")
     if "rows" in case and case["suite"] == "data":
-        notes.append(f"{_time(seconds / case['rows'])} per row")
+        notes.append(f"{time_text(seconds / case['rows'])} per row")
     step = [c for c in measured(everything) if c["group"] == case.get("share_of") and c["peer"] == OURS.name]
     if step:
         notes.append(f"{100 * seconds / step[0]['median_s']:.2g} % of {case['share_of']}")
@@ -178,8 +161,8 @@ def _note(case: Case, everything: Sequence[Case]) -> str:
     return ", ".join(notes)
 
 
-def _time(seconds: float) -> str:
-    """Three digits in a unit that suits them."""
+def time_text(seconds: float) -> str:
+    """Return a time with three digits in a unit that suits it."""
     for unit, factor in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= factor:
             return f"{float(f'{seconds / factor:.3g}'):g} {unit}"
@@ -197,17 +180,17 @@ def _describe(results: Results) -> str:
     for suite, at in results.get("suites", {}).items():
         commit = f", commit {at['commit'][:10]}{'+' * at['commit'].endswith('+')}" if "commit" in at else ""
         versions = f"torch {at['torch']}, Triton {at['triton']}, Python {at['python']}"
-        lines.append(f"- {suite}: {at['date']}, {versions}{commit}")
+        older = "; some of its cases are older" if at.get("part") else ""
+        lines.append(f"- {suite}: {at['date']}, {versions}{commit}{older}")
     return "\n".join([lines[0], "", *lines[1:]])
 
 
 def _peer_table(devices: Mapping[str, Results]) -> list[str]:
     """The libraries that are peers; plain PyTorch and torch.compile compute identical mathematics."""
-    found = {
-        case["peer"]: case["version"] for results in devices.values() for case in results["cases"] if "version" in case
-    }
+    cases = [case for results in devices.values() for case in results["cases"]]
+    found = {case["peer"]: case.get("version") or case.get("refused") for case in cases}
     lines = ["| peer | package | version | licence | what differs |", "| --- | --- | --- | --- | --- |"]
     for peer in balanced_peers():
-        version = found.get(peer.name, "not installed")
+        version = found.get(peer.name) or "not measured"
         lines.append(f"| {peer.name} | {peer.package} | {version} | {peer.licence} | {peer.differs} |")
     return [*lines, "", "All other peers are PyTorch (BSD-3-Clause), with identical mathematics."]

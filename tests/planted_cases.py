@@ -49,6 +49,11 @@ def bench_changing(measure):
     measure(lambda: [torch.tensor([float(next(counter))])], group="planted", peer=PICKY)
 
 
+def bench_moving(measure):
+    weight = torch.zeros(1)
+    measure(lambda: weight.add_(1), check=lambda: [weight], group="planted", truth=[torch.zeros(1).double()])
+
+
 def bench_fatal(measure):
     if os.environ.get("PLANTED_FATAL"):
         os.abort()

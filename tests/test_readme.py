@@ -1,11 +1,12 @@
 """The README says what the repository holds: its numbers, its files, its commands."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
+from bench.readme import REGIONS, fill, operators
+from bench.results import merge, write_results
 from train.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,39 +14,47 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "bench" / "results"
 
 
-def demo_table() -> str:
-    """The demo's result as the README shows it."""
-    run = json.loads((RESULTS / "demo-cpu-2core.json").read_text())
-    yardsticks = run["yardsticks"]
-    rows = [
-        f"| {s['name']} | {s['until']:,} | {s['hss']:.3f} | {s['corner_f1']:.3f} | {s['edge_iou']:.3f} |"
-        for s in run["stages"]
+def test_numbers_are_those_of_the_result_files():
+    """`python -m bench report` makes them so."""
+    assert fill(README) == README
+    assert set(re.findall(r"<!-- numbers: (\w+) -->", README)) == set(REGIONS)
+
+
+# what the published baseline's authors report
+PUBLISHED = {"0.342", "0.379", "0.281", "0.351", "0.382"}
+VERSIONS = {"3.11", "3.12", "2.0"}
+
+
+def test_every_measured_number_stands_in_a_region_that_is_checked():
+    prose = re.sub(r"<!-- numbers: .*?<!-- end -->", "", README, flags=re.DOTALL)
+    prose = re.sub(r"`[^`]*`|^    .*$", "", prose, flags=re.MULTILINE)
+    units = r"(?:s|ms|µs|us|minutes?|seconds?|hours?|times|x|×|%|TFLOP|GFLOP|GB|MB)"
+    found = re.findall(rf"\b\d[\d,]*\.\d+(?:e-?\d+)?\b|\b\d[\d,.]*(?=\s?{units}\b)", prose)
+    assert set(found) <= PUBLISHED | VERSIONS, set(found) - PUBLISHED - VERSIONS
+
+
+def test_a_number_that_was_changed_by_hand_is_found():
+    assert fill(README.replace("| 0.525 |", "| 0.625 |")) == README != README.replace("| 0.525 |", "| 0.625 |")
+
+
+def test_an_operator_is_shown_against_its_fastest_peer(tmp_path):
+    group = "attention, cross 256x2048, forward and backward"
+    notes = {"suite": "attention", "group": group, "iqr_s": 0.0, "error": "1.0e-06", "same_bits": True}
+    cases = [
+        {**notes, "name": peer, "peer": peer, "median_s": median}
+        for peer, median in (("ridgeline", 0.02), ("slow", 0.5), ("fast", 0.03), ("ridgeline, CUDA graph", 0.001))
     ]
-    rows += [
-        f"| *label clusters, no learning* | | {yardsticks['label_clusters']:.3f} | | |",
-        f"| *truth through post-processing* | | {yardsticks['truth_through_postprocessing']:.3f} | | |",
-    ]
-    minutes, machine = run["training_seconds"] / 60, run["machine"]
-    when = f"({run['date']}, torch {machine['torch']})"
-    rows += ["", f"Two cores train it in {minutes:.1f} minutes, evaluation not counted {when}."]
-    return "\n".join(["| after stage | steps | HSS | corner F1 | edge IoU |", "| --- | --- | --- | --- | --- |", *rows])
+    demo = [{**case, "group": group.replace("cross", "demo")} for case in cases]
+    write_results(tmp_path / "cpu.json", merge(None, [*cases, *demo], {"cores": 2, "torch": "2.13.0"}))
+    *_, row = operators(tmp_path).splitlines()
+    assert row == "| cpu | attention, cross 256x2048 | 20 ms | fast | 1.50 times ours | 1.0e-06 | yes |"
+    write_results(tmp_path / "cpu.json", merge(None, cases[:1], {"cores": 2, "torch": "2.13.0"}))
+    assert operators(tmp_path) == "No operator has been timed yet."
 
 
-def step_table() -> str:
-    """The step times as the README shows them."""
-    cases = json.loads((RESULTS / "cpu-2core.json").read_text())["cases"]
-    rows = [
-        f"| {case['precision']} | {case['median_s']:.2f} s | {case['iqr_s']:.2f} s | {case['error']} |"
-        for case in cases
-        if case["suite"] == "step" and case["recipe"] == "s23dr"
-    ]
-    head = ["| precision | median | spread | error of the loss against float64 |", "| --- | --- | --- | --- |"]
-    return "\n".join([*head, *sorted(rows, reverse=True)])
-
-
-@pytest.mark.parametrize("table", [demo_table, step_table])
-def test_numbers_are_those_of_the_result_files(table):
-    assert table() in README
+def test_an_unknown_region_is_refused():
+    with pytest.raises(ValueError, match="must be one of demo, steps, operators, got speed"):
+        fill("<!-- numbers: speed -->\n<!-- end -->")
 
 
 def test_files_it_names_exist():

@@ -25,6 +25,8 @@ def test_of_a_suite_that_ran_in_part_the_other_cases_are_kept():
     first = merge(None, [case("step", "a"), case("step", "b")], MACHINE)
     second = merge(first, [case("step", "b", 2.0)], MACHINE, part=True)
     assert [(c["name"], c["median_s"]) for c in second["cases"]] == [("a", 1.0), ("b", 2.0)]
+    assert second["suites"]["step"]["part"] is True
+    assert "part" not in merge(second, [case("step", "b", 2.0)], MACHINE)["suites"]["step"]
 
 
 def test_a_file_is_read_as_it_was_written_a_line_per_case(tmp_path):

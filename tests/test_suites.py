@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import SUITES, main
-from bench.results import merge, read_lines, write_results
+from bench.results import merge, read_lines, read_results, write_results
 
 PLANTED = Path(__file__).parent / "planted_cases.py"
 
@@ -62,6 +62,7 @@ def test_our_own_operator_may_not_refuse(planted):
 
 def test_other_bits_in_a_second_call_are_seen(planted):
     assert planted[1]["bench_changing"]["same_bits"] is False
+    assert planted[1]["bench_moving"]["same_bits"] is True
 
 
 def test_a_slower_operator_is_found_by_compare(planted, tmp_path, capsys):
@@ -94,6 +95,17 @@ def test_a_suite_that_fails_keeps_its_numbers_and_the_next_one_runs(tmp_path, mo
     assert [case["suite"] for case in results["cases"]] == ["sinkhorn", "trace"]
     assert set(results["suites"]["trace"]) >= {"date", "torch", "triton", "python"}
     assert "1 cases kept in" in capsys.readouterr().out
+
+
+def test_an_interrupted_suite_keeps_its_numbers(tmp_path, monkeypatch):
+    def run_suite(path, lines, select, seconds):
+        lines.write_text('{"suite": "trace", "group": "g", "name": "n", "peer": "p", "median_s": 1.0}\n')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.__main__.run_suite", run_suite)
+    with pytest.raises(KeyboardInterrupt):
+        main(["trace", "--out", str(tmp_path / "out.json")])
+    assert len(read_results(tmp_path / "out.json")["cases"]) == 1
 
 
 def test_an_unknown_suite_is_misuse(capsys):

@@ -67,9 +67,11 @@ def test_a_graph_is_compared_with_ours_in_a_graph():
 
 
 def test_peers_that_are_libraries_are_named_with_licence_and_difference():
-    page = report(OURS, case("GeomLoss", 1.0, version="0.3.1", suite="sinkhorn", group="s"))["benchmarks.md"]
+    absent = case("flash-sinkhorn", suite="sinkhorn", group="s", refused="not installed")
+    page = report(OURS, case("GeomLoss", 1.0, version="0.3.1", suite="sinkhorn", group="s"), absent)["benchmarks.md"]
     assert "| GeomLoss | geomloss | 0.3.1 | MIT | symmetric" in page
     assert "| flash-sinkhorn | flash-sinkhorn | not installed | MIT |" in page
+    assert "| POT, sinkhorn | POT | not measured | MIT |" in page
 
 
 def test_sweeps_are_curves_and_ratios_are_bars():
@@ -101,12 +103,13 @@ def test_what_measured_a_suite_is_named():
 def test_the_command_writes_the_same_bytes_again(tmp_path, capsys):
     write_results(tmp_path / "cpu.json", merge(None, [OURS, case("einsum", 3.0)], MACHINE))
     (tmp_path / "run.json").write_text('{"recipe": "demo"}')
-    written = []
+    (tmp_path / "README.md").write_text("no regions here\n")
+    written, readme = [], ["--readme", str(tmp_path / "README.md")]
     for name in ("a", "b"):
-        assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / name)]) == 0
+        assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / name), *readme]) == 0
         written.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert written[0] == written[1] and set(written[0]) == {"benchmarks.md", "cpu-ratios.svg"}
-    assert main(["report", "--results", str(tmp_path / "a")]) == 2
+    assert main(["report", "--results", str(tmp_path / "a"), *readme]) == 2
     assert "must hold at least one result file" in capsys.readouterr().err
 
 

@@ -1,0 +1,92 @@
+"""The numbers of README.md, from the committed result files: `python -m bench report` writes them between its marks.
+
+<!-- numbers: NAME -->
+... written by this module ...
+<!-- end -->
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.peers import OURS
+from bench.results import RESULTS, Case, measured, read_results
+from bench.tables import read_devices, tables, time_text
+
+README = Path(__file__).parent.parent / "README.md"
+_REGION = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# the model's shapes, as in training: of these the README shows the hardest rival, docs/benchmarks.md everything
+_SUITES = ("sinkhorn", "matching", "attention", "points", "residual")
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """Return the README with all regions written anew.
+
+    Raises:
+        ValueError: a region has a name that this module does not know, or a result file is missing.
+    """
+
+    def region(found: re.Match[str]) -> str:
+        if found[2] not in REGIONS:
+            raise ValueError(f"a region of numbers must be one of {', '.join(REGIONS)}, got {found[2]}")
+        return f"{found[1]}\n{REGIONS[found[2]](results)}\n\n{found[3]}"
+
+    return _REGION.sub(region, text)
+
+
+def demo(results: Path) -> str:
+    """The score of the embedded recipe after each stage, beside what needs no learning."""
+    run = json.loads((results / "demo-cpu-2core.json").read_text())
+    yardsticks = run["yardsticks"]
+    rows = [
+        f"| {s['name']} | {s['until']:,} | {s['hss']:.3f} | {s['corner_f1']:.3f} | {s['edge_iou']:.3f} |"
+        for s in run["stages"]
+    ]
+    rows += [
+        f"| *label clusters, no learning* | | {yardsticks['label_clusters']:.3f} | | |",
+        f"| *truth through post-processing* | | {yardsticks['truth_through_postprocessing']:.3f} | | |",
+    ]
+    minutes, machine = run["training_seconds"] / 60, run["machine"]
+    when = f"({run['date']}, torch {machine['torch']})"
+    rows += ["", f"Two cores train it in {minutes:.1f} minutes, evaluation not counted {when}."]
+    return "\n".join(["| after stage | steps | HSS | corner F1 | edge IoU |", "| --- | --- | --- | --- | --- |", *rows])
+
+
+def steps(results: Path) -> str:
+    """A training step of the published model on a CPU."""
+    rows = [
+        f"| {case['precision']} | {case['median_s']:.2f} s | {case['iqr_s']:.2f} s | {case['error']} |"
+        for case in measured(read_results(results / "cpu-2core.json")["cases"])
+        if case["suite"] == "step" and case["recipe"] == "s23dr" and case["peer"] == OURS.name
+    ]
+    head = ["| precision | median | spread | error of the loss against float64 |", "| --- | --- | --- | --- |"]
+    return "\n".join([*head, *sorted(rows, reverse=True)])
+
+
+def operators(results: Path) -> str:
+    """Each operator forward and backward against its fastest peer, per device."""
+    rows = [
+        f"| {device} | {_row(cases)} |"
+        for device, found in read_devices(results).items()
+        for group, cases in tables(found["cases"])
+        if cases[0]["suite"] in _SUITES and re.search(r"^(?!.*(demo|exact)).*forward and backward$", group)
+        if len(measured(cases)) > 1 and any(case["peer"] == OURS.name for case in measured(cases))
+    ]
+    if not rows:
+        return "No operator has been timed yet."
+    head = "| device | forward and backward | ours | fastest peer | takes | error of ours | same bits twice |"
+    return "\n".join([head, "| --- | --- | --- | --- | --- | --- | --- |", *rows])
+
+
+def _row(cases: list[Case]) -> str:
+    ours = next(case for case in measured(cases) if case["peer"] == OURS.name)
+    rival = min(
+        (case for case in measured(cases) if not case["peer"].startswith(OURS.name)), key=lambda case: case["median_s"]
+    )
+    name, bits = ours["group"].removesuffix(", forward and backward"), "yes" if ours.get("same_bits") else "no"
+    times = f"{time_text(ours['median_s'])} | {rival['peer']} | {rival['median_s'] / ours['median_s']:.2f} times ours"
+    return f"{name} | {times} | {ours['error']} | {bits}"
+
+
+REGIONS: dict[str, Callable[[Path], str]] = {"demo": demo, "steps": steps, "operators": operators}
