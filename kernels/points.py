@@ -124,7 +124,7 @@ def _eager(points, tables, layers, point_count_B, precision: str | None) -> torc
             xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2, **dict(zip(names, tables, strict=True))
         )
     with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        memory_BTC = point_layers(features_BTK, *layers)
+        memory_BTC = point_layers(features_BTK, *layers, plain=precision is None)
     return memory_BTC if absent_BT1 is None else memory_BTC.masked_fill(absent_BT1, 0)
 
 
