@@ -127,7 +127,7 @@ def _eager(points, tables, layers, point_count_B, precision: str | None, *, fold
         else:
             features_BTK = point_features(*points, **dict(zip(names, tables, strict=True)))
     with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        memory_BTC = point_layers(features_BTK, *layers)
+        memory_BTC = point_layers(features_BTK, *layers, plain=precision is None)
     return memory_BTC if absent_BT1 is None else memory_BTC.masked_fill(absent_BT1, 0)
 
 

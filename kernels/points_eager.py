@@ -1,4 +1,4 @@
-"""The eager form of `point_embedding`: a point's features side by side, then the layers, each by PyTorch itself."""
+"""The eager form of `point_embedding`: a point's features side by side, then the layers, one after the other."""
 
 import math
 
@@ -49,11 +49,12 @@ def folded_features(points, tables, weight1) -> tuple[torch.Tensor, torch.Tensor
     return features_BTK, torch.cat([first, *folded, last], dim=1)
 
 
-def point_layers(features_BTK, weight1, bias1, weight2, bias2, gain) -> torch.Tensor:
-    """RMSNorm(W2 GELU(W1 features + b1) + b2) gain, the norm in float32 at least."""
+def point_layers(features_BTK, weight1, bias1, weight2, bias2, gain, *, plain: bool) -> torch.Tensor:
+    """RMSNorm(W2 GELU(W1 features + b1) + b2) gain, the norm in float32 at least and, where plain, PyTorch's own."""
     hidden_BTJ = functional.gelu(functional.linear(features_BTK, weight1, bias1))
     y_BTC = functional.linear(hidden_BTJ, weight2, bias2)
-    return rms_norm(y_BTC.to(torch.promote_types(y_BTC.dtype, torch.float32)), gain)
+    y_BTC = y_BTC.to(torch.promote_types(y_BTC.dtype, torch.float32))
+    return functional.rms_norm(y_BTC, gain.shape, gain) if plain else rms_norm(y_BTC, gain)
 
 
 def _waves(xyz_BT3: torch.Tensor, frequencies_F3: torch.Tensor) -> torch.Tensor:

@@ -262,6 +262,8 @@ def test_registration_passes_opcheck(device):
     torch.library.opcheck(operators.point_layers_backward.default, backward)
 
 
+# the tracer of autograd functions makes an instance of the class
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_torch_compile_gives_the_bits_of_eager(device):
     compiled = torch.compile(point_embedding, fullgraph=True, backend="aot_eager")
     for impl in FORMS:
