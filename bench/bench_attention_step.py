@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from bench.peers import OURS, Peer, by_name
 from kernels.attention import gqa_attention
 from kernels.philox import named_normal
 from perceiver import blocks
@@ -37,7 +38,8 @@ def _sdpa_expanded(q_BHTD, k_BGSD, v_BGSD, log_scale_H, *, key_count_B=None, key
     return scaled_dot_product_attention(unit_q_BHTD.to(v_BHSD.dtype), k_BHSD, v_BHSD, attn_mask=mask, scale=1.0)
 
 
-ATTENTIONS = {"ridgeline": gqa_attention, "sdpa, expanded": _sdpa_expanded}
+# on the processor, also where there is a GPU
+ATTENTIONS = by_name(dataclasses.replace(OURS, solve=gqa_attention), Peer(name="sdpa, expanded", solve=_sdpa_expanded))
 
 
 @torch.no_grad()
@@ -50,14 +52,14 @@ def _stirred_model(recipe: Recipe) -> Perceiver:
 
 
 @torch.no_grad()
-def _loss(model: Perceiver, batch: SceneBatch, recipe: Recipe, machine: Machine, stage: StageConfig) -> float:
+def _loss(model: Perceiver, batch: SceneBatch, recipe: Recipe, machine: Machine, stage: StageConfig) -> torch.Tensor:
     weight = stage.endpoint_weight
-    return float(predict_and_compare(model, batch, recipe, machine, endpoint_weight=weight)[1].total)
+    return predict_and_compare(model, batch, recipe, machine, endpoint_weight=weight)[1].total.reshape(1)
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("peer", ATTENTIONS)
-def bench_attention_step(benchmark, monkeypatch, peer, precision):
+def bench_attention_step(measure, monkeypatch, peer, precision):
     recipe = load_recipe("s23dr")
     stage = dataclasses.replace(recipe.stages[2], lr=1e-4)
     batch = stack_scenes(generate_scenes(SCENES, seed=0, points=POINTS, setting="easy"))
@@ -66,16 +68,16 @@ def bench_attention_step(benchmark, monkeypatch, peer, precision):
     truth = _loss(_stirred_model(recipe).double(), exact, recipe, machine, stage)
 
     machine, model = dataclasses.replace(machine, precision=precision), _stirred_model(recipe)
-    monkeypatch.setattr(blocks, "gqa_attention", ATTENTIONS[peer])
-    error = abs(_loss(model, batch, recipe, machine, stage) - truth) / abs(truth)
-    assert error <= TOLERANCE[precision], f"relative error {error:.1e}"
+    monkeypatch.setattr(blocks, "gqa_attention", ATTENTIONS[peer].solve)
     optimizer, steps = build_optimizer(model, recipe.optim), iter(range(1, 1_000_000))
-
-    def one_step() -> None:
-        update(model, optimizer, batch, step=next(steps), stage=stage, recipe=recipe, machine=machine)
-
-    benchmark.group = f"training step by attention, {precision}"
-    benchmark.extra_info.update(
-        peer=peer, scenes=SCENES, points=POINTS, precision=precision, threads=recipe.threads, error=f"{error:.1e}"
+    measure(
+        lambda: update(model, optimizer, batch, step=next(steps), stage=stage, recipe=recipe, machine=machine),
+        check=lambda: [_loss(model, batch, recipe, machine, stage)],
+        group=f"attention_step, {precision}, forward and backward",
+        peer=ATTENTIONS[peer],
+        truth=[truth],
+        tolerance=TOLERANCE[precision],
+        scenes=SCENES,
+        points=POINTS,
+        precision=precision,
     )
-    benchmark.pedantic(one_step, rounds=9, warmup_rounds=2)

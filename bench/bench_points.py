@@ -1,27 +1,25 @@
 """The point embedding at the model's width, against PyTorch's own layers for the same result, features included.
 
-On a CPU 2 items of 256 points in float32, on a GPU the model's two shapes in bfloat16. Before a row is timed, its
-output and its gradients are compared with float64 on the first items; a peer that cannot be compiled here is skipped
-with its reason.
+On a CPU 2 items of 256 points in float32, on a GPU the model's two shapes in bfloat16. Output and gradients are
+compared with float64 on the first items.
 """
 
 import functools
-from collections.abc import Callable
 
 import pytest
 import torch
 
+from bench.measure import DEVICE, ON_GPU
+from bench.peers import Peer, by_name, ours, with_compile
 from kernels.points import point_embedding
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PRECISION = "bf16" if DEVICE.type == "cuda" else "ieee"
+PRECISION = "bf16" if ON_GPU else "ieee"
 # the largest error of the output or a gradient, relative to the largest true value
 TOLERANCE = {"ieee": 1e-4, "bf16": 5e-2}[PRECISION]
-ROUNDS = 50 if DEVICE.type == "cuda" else 9
 UNITS, CHANNELS, FREQUENCIES = 1024, 256, 32
 CLASSES = {"label_table": (13, 16), "source_table": (2, 2), "behind_table": (29, 8)}
 # name -> (items, points)
-SHAPES = {"32x2048": (32, 2048), "64x4096": (64, 4096)} if DEVICE.type == "cuda" else {"2x256": (2, 256)}
+SHAPES = {"32x2048": (32, 2048), "64x4096": (64, 4096)} if ON_GPU else {"2x256": (2, 256)}
 # items whose error is measured: float64 of all of them would not fit
 CHECKED = 2
 
@@ -58,16 +56,8 @@ def _layers(points, weights, count_B) -> torch.Tensor:
     return point_embedding(*points, **weights, point_count_B=count_B, precision=PRECISION, impl="eager")
 
 
-@functools.cache
-def _compiled() -> Callable[..., torch.Tensor]:
-    return torch.compile(_layers, fullgraph=True, dynamic=False)
-
-
-def _layers_compiled(points, weights, count_B) -> torch.Tensor:
-    return _compiled()(points, weights, count_B)
-
-
-PEERS = {"ridgeline": _ridgeline, "layers": _layers, "layers, torch.compile": _layers_compiled}
+LAYERS = Peer(name="layers", solve=_layers)
+PEERS = by_name(*ours(_ridgeline), LAYERS, with_compile(LAYERS))
 
 
 def _run(embed, problem: Problem, *, backward: bool) -> list[torch.Tensor]:
@@ -94,35 +84,20 @@ def _truth(shape: str) -> list[torch.Tensor]:
     ]
 
 
-def _error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
-    """The largest error of any of the tensors, relative to its largest true value."""
-    pairs = zip(found, truth, strict=False)
-    return max(float((x.detach().double() - y).abs().max() / y.abs().max()) for x, y in pairs)
-
-
 # peers warn while they are compiled
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("passes", ["forward", "forward and backward"])
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("shape", SHAPES)
-def bench_points(benchmark, shape, peer, passes):
-    problem, embed, backward = _problem(shape), PEERS[peer], passes != "forward"
-    try:
-        found = _run(embed, _first(problem, CHECKED), backward=backward)
-    except (RuntimeError, NotImplementedError) as refusal:
-        pytest.skip(f"{peer} refuses {shape}, {passes}: {str(refusal).strip().partition(chr(10))[0]}")
-    error = _error(found, _truth(shape))
-    assert error <= TOLERANCE, f"relative error {error:.1e}"
-
-    def timed() -> None:
-        _run(embed, problem, backward=backward)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
+def bench_points(measure, shape, peer, passes):
+    problem, backward = _problem(shape), passes != "forward"
     items, points = SHAPES[shape]
-    benchmark.group = f"points, {shape}, {passes}"
-    benchmark.extra_info.update(
-        peer=peer, items=items, points=points, units=UNITS, channels=CHANNELS, precision=PRECISION,
-        threads=torch.get_num_threads(), error=f"{error:.1e}",
+    measure(
+        lambda: _run(PEERS[peer].solve, problem, backward=backward),
+        check=lambda: _run(PEERS[peer].solve, _first(problem, CHECKED), backward=backward),
+        group=f"points, {shape}, {passes}",
+        peer=PEERS[peer],
+        truth=_truth(shape)[: None if backward else 1],
+        tolerance=TOLERANCE,
+        items=items, points=points, units=UNITS, channels=CHANNELS, precision=PRECISION,
     )  # fmt: skip
-    benchmark.pedantic(timed, rounds=ROUNDS, warmup_rounds=2)

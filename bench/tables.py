@@ -20,6 +20,7 @@ OPERATORS = {
     "points": "Point embedding",
     "residual": "Residual blocks",
     "step": "Training step",
+    "attention_step": "Training step by its attention",
     "data": "Data",
     "evaluate": "Evaluation",
     "trace": "Evidence",
