@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn import functional
 
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import EPS, rms_norm
 
 
 def point_features(
@@ -54,7 +54,7 @@ def point_layers(features_BTK, weight1, bias1, weight2, bias2, gain, *, plain: b
     hidden_BTJ = functional.gelu(functional.linear(features_BTK, weight1, bias1))
     y_BTC = functional.linear(hidden_BTJ, weight2, bias2)
     y_BTC = y_BTC.to(torch.promote_types(y_BTC.dtype, torch.float32))
-    return functional.rms_norm(y_BTC, gain.shape, gain) if plain else rms_norm(y_BTC, gain)
+    return functional.rms_norm(y_BTC, gain.shape, gain, EPS) if plain else rms_norm(y_BTC, gain)
 
 
 def _waves(xyz_BT3: torch.Tensor, frequencies_F3: torch.Tensor) -> torch.Tensor:

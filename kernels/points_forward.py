@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.points_tile import ROWS, WIDTH, add_gelu_products, hidden_block, launch_options, store_tile
+from kernels.rms_norm import EPS
 
-EPS = torch.finfo(torch.float32).eps
 FEATURE_ROWS, FEATURE_COLUMNS = 32, 32
 
 

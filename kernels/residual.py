@@ -13,9 +13,8 @@ from kernels.dispatch import resolve
 from kernels.philox import Counter, dropout_keep
 from kernels.philox_tile import signed_seed
 from kernels.residual_triton import WIDEST, residual_norm_backward, residual_norm_forward
+from kernels.rms_norm import EPS
 
-# of `torch.nn.RMSNorm` in float32
-EPS = torch.finfo(torch.float32).eps
 PRODUCT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

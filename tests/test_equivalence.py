@@ -25,6 +25,7 @@ import perceiver.loss
 import perceiver.model
 from kernels import gqa_attention, gqa_attention_reference, match_segments_reference, point_embedding_reference
 from kernels.attention_columns import KeyValueColumns, _columns
+from kernels.rms_norm import EPS
 from perceiver.blocks import DropoutKey
 from perceiver.model import Perceiver
 from perceiver.scene import SceneBatch, stack_scenes
@@ -63,7 +64,7 @@ class Form:
 
 
 def _rms_norm_reference(x: torch.Tensor, gain_C: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.rms_norm(x, gain_C.shape, gain_C)
+    return torch.nn.functional.rms_norm(x, gain_C.shape, gain_C, EPS)
 
 
 # where the eager form takes an operator from, and what it means
