@@ -29,8 +29,11 @@ def test_it_is_as_exact_as_pytorch(shape, scale):
     generator = torch.Generator().manual_seed(0)
     x, gain = scale * (torch.randn(shape, generator=generator) + 0.5), torch.rand(shape[-1], generator=generator)
     truth, eager = (differentiate(by_pytorch, x, gain, dtype) for dtype in (torch.float64, torch.float32))
+    # dx is a difference of numbers of the size of r dy gain, and of one column nothing is left of it
+    largest = (gain.abs() / x.square().mean(-1, keepdim=True).sqrt()).max()
+    floors = {"dx": float(largest) * torch.finfo(torch.float32).eps}
     for name, value in differentiate(rms_norm, x, gain, torch.float32).items():
-        assert_accurate(value, truth=truth[name], eager=eager[name], name=name)
+        assert_accurate(value, truth=truth[name], eager=eager[name], name=name, floor=floors.get(name, 0.0))
 
 
 def test_gradcheck():
