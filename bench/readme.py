@@ -89,4 +89,24 @@ def _row(cases: list[Case]) -> str:
     return f"{name} | {times} | {ours['error']} | {bits}"
 
 
-REGIONS: dict[str, Callable[[Path], str]] = {"demo": demo, "steps": steps, "operators": operators}
+def gpus(results: Path) -> str:
+    """What was promised of a GPU and what was measured, per GPU that `reproduce.sh gpu` ran on."""
+    parts = []
+    for device, found in read_devices(results).items():
+        if not found.get("targets"):
+            continue
+        machine, software = found["machine"], next(iter(found["suites"].values()))
+        versions = ", ".join(f"{name} {software[name]}" for name in ("torch", "triton", "date") if software.get(name))
+        rows = ["| | target | measured | |", "| --- | --- | --- | --- |", *map(_target, found["targets"])]
+        parts.append("\n".join([f"{machine.get('gpu', device)} ({versions}):", "", *rows]))
+    return "\n\n".join(parts) or "No GPU has been measured yet."
+
+
+def _target(row: Case) -> str:
+    bound = f"{'at least' if row['least'] else 'at most'} {row['target']:g} {row['unit']}".rstrip()
+    if row["measured"] is None:
+        return f"| {row['name']} | {bound} | not measured | |"
+    return f"| {row['name']} | {bound} | {row['measured']:.3g} {row['unit']} | {'met' if row['met'] else 'missed'} |"
+
+
+REGIONS: dict[str, Callable[[Path], str]] = {"demo": demo, "steps": steps, "operators": operators, "gpus": gpus}

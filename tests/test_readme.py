@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.readme import REGIONS, fill, operators
+from bench.readme import REGIONS, fill, gpus, operators
 from bench.results import merge, write_results
 from train.__main__ import main
 
@@ -53,8 +53,22 @@ def test_an_operator_is_shown_against_its_fastest_peer(tmp_path):
 
 
 def test_an_unknown_region_is_refused():
-    with pytest.raises(ValueError, match="must be one of demo, steps, operators, got speed"):
+    with pytest.raises(ValueError, match="must be one of demo, steps, operators, gpus, got speed"):
         fill("<!-- numbers: speed -->\n<!-- end -->")
+
+
+def test_a_gpus_targets_are_named_with_what_was_measured_of_them(tmp_path):
+    rows = [
+        {"name": "a step", "unit": "ms", "target": 4, "least": False, "measured": 4.8765, "met": False},
+        {"name": "the fastest peer", "unit": "x", "target": 1, "least": True, "measured": None, "met": None},
+    ]
+    found = {"machine": {"gpu": "Some GPU"}, "suites": {"step": {"torch": "2.11.0"}}, "cases": [], "targets": rows}
+    (tmp_path / "some-gpu.json").write_text(json.dumps(found))
+    assert gpus(tmp_path).splitlines()[0] == "Some GPU (torch 2.11.0):"
+    assert gpus(tmp_path).splitlines()[-2:] == [
+        "| a step | at most 4 ms | 4.88 ms | missed |",
+        "| the fastest peer | at least 1 x | not measured | |",
+    ]
 
 
 def test_files_it_names_exist():
