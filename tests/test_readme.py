@@ -1,5 +1,6 @@
 """The README says what the repository holds: its numbers, its files, its commands."""
 
+import json
 import re
 from pathlib import Path
 
