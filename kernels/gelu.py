@@ -11,14 +11,12 @@ import triton
 import triton.language as tl
 
 from kernels.dispatch import resolve
+from kernels.gelu_tile import gelu_slope, normal_cdf
 from kernels.reduce import sum_segments
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-# rows of a tile, warps; both passes take COLUMNS columns, and the backward SEGMENT rows in a program
-ROWS, WARPS, COLUMNS, SEGMENT = 4, 4, 256, 32
-
-_ROOT_HALF = tl.constexpr(0.7071067811865476)
-_ROOT_HALF_PI = tl.constexpr(0.3989422804014327)
+# rows and columns of a tile, warps, in both passes; a program of the backward takes SEGMENT rows
+ROWS, COLUMNS, WARPS, SEGMENT = 2, 512, 4, 32
 
 
 def bias_gelu(x_BTC: torch.Tensor, bias_C: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
@@ -58,8 +56,9 @@ def _forward(x_BTC: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
         C = x_BTC.shape[-1]
         rows = x_BTC.numel() // C
         _bias_gelu_fwd_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(C, COLUMNS))](
-            x_BTC.contiguous(), bias_C.contiguous(), y_BTC, rows, C, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
-        )
+            x_BTC.contiguous(), bias_C.contiguous(), y_BTC, rows, C,
+            PRECISION="ieee" if x_BTC.dtype == torch.float32 else "tf32", ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
     return y_BTC
 
 
@@ -126,12 +125,14 @@ def _tile(start, rows, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _bias_gelu_fwd_kernel(x_ptr, bias_ptr, y_ptr, rows, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _bias_gelu_fwd_kernel(
+    x_ptr, bias_ptr, y_ptr, rows, C, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     offs, mask, offs_c, mask_c = _tile(tl.program_id(0) * ROWS, rows, C, ROWS, COLUMNS)
     bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
     # y = z Phi(z)
-    y = 0.5 * z * (1.0 + tl.erf(z * _ROOT_HALF))
+    y = z * normal_cdf(z, PRECISION)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -149,7 +150,8 @@ def _bias_gelu_bwd_kernel(
         z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         # dx = dy (Phi(z) + z phi(z))
-        dx = dy * (0.5 * (1.0 + tl.erf(z * _ROOT_HALF)) + z * (_ROOT_HALF_PI * tl.exp(-0.5 * z * z)))
+        # exact in float32 whatever the dtype of x: the gradient of the bias is float32
+        dx = dy * gelu_slope(z, "ieee")
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dbias += dx
     offs_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gelu_tile import gelu_slope
 from kernels.points_forward import product_weights
 from kernels.points_tile import (
     SEGMENT,
     WIDTH,
     add_gelu_products,
-    gelu_slope,
     launch_options,
     load_tile,
     products,

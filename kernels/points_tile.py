@@ -1,13 +1,4 @@
-"""What the Triton kernels of `point_embedding` share: the launch table, the columns of the features, and GELU.
-
-With Phi(-a) = 1 - Phi(a) of the normal distribution, for a = |x| >= 0,
-
-    gelu(x) = x Phi(x) = max(x, 0) - a Phi(-a),    gelu'(x) = Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)
-
-and Phi(-a) = 2^(-1 + c1 a + ... + cn a^n): one exponential, and neither the value nor the slope cancels. This is the
-exact GELU, not the tanh one: a times the error of Phi is at most 7e-7 with n = 5, a five-thousandth of a rounding to
-bfloat16 or TF32, and with n = 8, for products in full float32, no more than the rounding of the polynomial itself.
-"""
+"""What the Triton kernels of `point_embedding` share: the launch table, the columns of the features, products."""
 
 from typing import Any
 
@@ -16,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention_tile import family
+from kernels.gelu_tile import gelu
 
 # columns of a point's features in the kernels: a power of two; the last is 1 for a point that counts and carries bias1
 WIDTH = 128
@@ -26,8 +18,6 @@ SEGMENT = 4096
 
 # columns of a slice of a product without matrix units
 SLICE = tl.constexpr(16)
-MINUS_HALF_LOG2E = tl.constexpr(-0.7213475204444817)
-INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 # (family, products) -> (points and hidden units of a tile, warps, stages) of the kernels.
 # Found by offline compilation: the largest tiles without spills. Between those only a GPU can tell.
@@ -100,39 +90,6 @@ def products(
         return x
     else:
         return tl.dot(a, tl.trans(load_tile(b_ptr, row_b, BLOCK_B, WIDTH)), input_precision=PRECISION)
-
-
-@triton.jit
-def gelu(x, PRECISION: tl.constexpr):
-    """x Phi(x) of float32 values."""
-    a = tl.abs(x)
-    return tl.maximum(x, 0.0) - a * _phi_of_minus(a, PRECISION)
-
-
-@triton.jit
-def gelu_slope(x, PRECISION: tl.constexpr):
-    """The derivative of x Phi(x)."""
-    q = _phi_of_minus(tl.abs(x), PRECISION)
-    return tl.where(x < 0, q, 1.0 - q) + x * (tl.exp2(x * x * MINUS_HALF_LOG2E) * INV_SQRT_2PI)
-
-
-@triton.jit
-def _phi_of_minus(a, PRECISION: tl.constexpr):
-    """Phi(-a) for a >= 0; the leading coefficients are negative, so that it ends at 0."""
-    if PRECISION == "ieee":
-        r = a * -2.3349481563201103e-06 + 3.3737804967151637e-05
-        r = r * a - 0.0001612937758634966
-        r = r * a - 0.00019170369872601223
-        r = r * a + 0.007126865364952107
-        r = r * a - 0.05253361329524553
-        r = r * a - 0.4591982814977852
-        r = r * a - 1.151106041920315
-    else:
-        r = a * -0.0005028710739447221 + 0.0073006813237252
-        r = r * a - 0.05238806808156837
-        r = r * a - 0.45936818197577445
-        r = r * a - 1.1510701654243576
-    return tl.exp2(r * a - 1.0)
 
 
 @triton.jit

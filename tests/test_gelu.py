@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
 from kernels.gelu import bias_gelu, bias_gelu_reference
+from kernels.gelu_tile import gelu, gelu_slope, normal_cdf
 from tests.accuracy import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +60,37 @@ def test_the_eager_form_is_as_exact(dtype, device):
 @pytest.mark.parametrize("scale", [1e-4, 5.0, 1e4])
 def test_both_tails_are_as_close_to_float64_as_eager(scale, device):
     check_accuracy(problem(2, 5, 64, scale=scale), device)
+
+
+@pytest.mark.parametrize("value", [-3.0, -0.54, 0.54, 1.9])
+def test_the_gradient_of_the_bias_is_exact_where_all_rows_err_alike(value, device):
+    x, bias, dy = problem(1, 40, 8, torch.bfloat16)
+    check_accuracy([torch.full_like(x, value), torch.zeros_like(bias), torch.ones_like(dy)], device)
+
+
+def test_inside_a_kernel_gelu_is_the_exact_one_and_so_is_its_slope(device):
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(x_ptr, y_ptr, product_ptr, slope_ptr, PRECISION: tl.constexpr, SIZE: tl.constexpr):
+        offs = tl.arange(0, SIZE)
+        x = tl.load(x_ptr + offs)
+        tl.store(y_ptr + offs, gelu(x, PRECISION))
+        tl.store(product_ptr + offs, x * normal_cdf(x, PRECISION))
+        tl.store(slope_ptr + offs, gelu_slope(x, PRECISION))
+
+    x = torch.cat([torch.linspace(-12, 12, 2040), torch.tensor([-1e4, -50.0, -0.0, 0.0, 1e-30, 50.0, 1e4, math.nan])])
+    x_64 = x.double().requires_grad_()
+    y_64 = functional.gelu(x_64)
+    slope_64 = torch.autograd.grad(y_64.sum(), x_64)[0]
+    for precision, tolerance in (("ieee", 1.2e-7), ("tf32", 1e-6)):
+        results = [torch.empty_like(x, device=device) for _ in range(3)]
+        kernel[(1,)](x.to(device), *results, PRECISION=precision, SIZE=2048)
+        for found, truth in zip(results, (y_64, y_64, slope_64), strict=True):
+            error = (found.cpu() - truth).abs() / truth.abs().clamp(min=1)
+            assert error[:-1].max() <= tolerance, precision
+            assert error[-1].isnan()
 
 
 def test_infinity_stays_and_minus_infinity_is_what_torch_makes_of_it(device):

@@ -4,13 +4,11 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional
 
 from kernels import points_backward
 from kernels.points import point_embedding, point_embedding_reference
 from kernels.points_eager import point_features
 from kernels.points_forward import point_features_triton, point_layers_forward
-from kernels.points_tile import gelu, gelu_slope
 from perceiver.model import Perceiver, PerceiverConfig
 from tests.accuracy import assert_accurate
 from tests.small_models import SMALL, small_batch, stirred
@@ -109,30 +107,6 @@ def test_features_of_the_kernels_are_those_of_pytorch_with_one_hots(device):
     assert (columns[:100, -1] == 1).all()
     assert not columns[:100, K:-1].any()
     assert not columns[100:].any()
-
-
-def test_gelu_is_the_exact_one_and_so_is_its_slope(device):
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def kernel(x_ptr, y_ptr, slope_ptr, PRECISION: tl.constexpr, SIZE: tl.constexpr):
-        offs = tl.arange(0, SIZE)
-        x = tl.load(x_ptr + offs)
-        tl.store(y_ptr + offs, gelu(x, PRECISION))
-        tl.store(slope_ptr + offs, gelu_slope(x, PRECISION))
-
-    x = torch.cat([torch.linspace(-12, 12, 2040), torch.tensor([-1e4, -50.0, -0.0, 0.0, 1e-30, 50.0, 1e4, math.nan])])
-    x_64 = x.double().requires_grad_()
-    y_64 = functional.gelu(x_64)
-    slope_64 = torch.autograd.grad(y_64.sum(), x_64)[0]
-    for precision, tolerance in (("ieee", 1.2e-7), ("tf32", 1e-6)):
-        y, slope = torch.empty_like(x, device=device), torch.empty_like(x, device=device)
-        kernel[(1,)](x.to(device), y, slope, PRECISION=precision, SIZE=2048)
-        for found, truth in ((y, y_64), (slope, slope_64)):
-            error = (found.cpu() - truth).abs() / truth.abs().clamp(min=1)
-            assert error[:-1].max() <= tolerance, precision
-            assert error[-1].isnan()
 
 
 def test_gradients_over_several_segments_are_those_of_float64(monkeypatch, device):
