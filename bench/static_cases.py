@@ -257,6 +257,13 @@ def _gelu_cases() -> list[Case]:
     ]
 
 
+def _turn() -> None:
+    from kernels.turn import turn
+
+    scene_B = torch.zeros(64, dtype=torch.int64)
+    turn(torch.zeros(64, 4096, 3), torch.zeros(64, 64, 2, 3), scene_B, seed=353, step=1, impl="triton")
+
+
 def _points(B: int, T: int, precision: str) -> None:
     from kernels.points import point_embedding
 
@@ -308,4 +315,5 @@ CASES = (
     *_points_cases(),
     *_residual_cases(),
     *_gelu_cases(),
+    Case(operator="turn", name="64x4096 fp32", run=_turn),
 )

@@ -7,6 +7,7 @@ from kernels.points import point_embedding, point_embedding_reference
 from kernels.residual import Residual, residual_norm, residual_norm_reference
 from kernels.rms_norm import rms_norm
 from kernels.sinkhorn import Transport, sinkhorn, sinkhorn_reference
+from kernels.turn import turn, turn_reference
 
 __all__ = [
     "Match",
@@ -25,4 +26,6 @@ __all__ = [
     "rms_norm",
     "sinkhorn",
     "sinkhorn_reference",
+    "turn",
+    "turn_reference",
 ]

@@ -117,19 +117,19 @@ def _check(x_BTC, bias_C) -> None:
 
 @triton.jit
 def _tile(start, rows, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets into a dense [rows, C], which elements are inside, the columns and which of them are."""
+    """Offsets into a dense [rows, C], and which elements are inside."""
     row = start + tl.arange(0, ROWS)
     offs_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask_c = offs_c < C
-    return row.to(tl.int64)[:, None] * C + offs_c[None, :], (row < rows)[:, None] & mask_c[None, :], offs_c, mask_c
+    return row.to(tl.int64)[:, None] * C + offs_c[None, :], (row < rows)[:, None] & (offs_c < C)[None, :]
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _bias_gelu_fwd_kernel(
     x_ptr, bias_ptr, y_ptr, rows, C, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    offs, mask, offs_c, mask_c = _tile(tl.program_id(0) * ROWS, rows, C, ROWS, COLUMNS)
-    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    offs, mask = _tile(tl.program_id(0) * ROWS, rows, C, ROWS, COLUMNS)
+    offs_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    bias = tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
     z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
     # y = z Phi(z)
     y = z * normal_cdf(z, PRECISION)
@@ -142,11 +142,12 @@ def _bias_gelu_bwd_kernel(
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0).to(tl.int64)
+    offs_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    bias = tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
     # the rows of a tile stay apart until the end: only then do threads have to meet
     dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, SEGMENT, ROWS):
-        offs, mask, offs_c, mask_c = _tile(tl.program_id(0) * SEGMENT + start, rows, C, ROWS, COLUMNS)
-        bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        offs, mask = _tile(tl.program_id(0) * SEGMENT + start, rows, C, ROWS, COLUMNS)
         z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         # dx = dy (Phi(z) + z phi(z))
@@ -154,5 +155,4 @@ def _bias_gelu_bwd_kernel(
         dx = dy * gelu_slope(z, "ieee")
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dbias += dx
-    offs_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     tl.store(partials_ptr + segment * C + offs_c, tl.sum(dbias, 0), mask=offs_c < C)

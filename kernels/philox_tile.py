@@ -21,11 +21,17 @@ def kernel_draws(rate: float, seed: int, place: int) -> tuple[int, int, int, int
 
 
 @triton.jit
+def joined_seed(low, high):
+    """The key of 64 bits whose halves are the int32 words of `kernel_draws`."""
+    return (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def dropout_rows(
     step_ptr, scene_ptr, seed_low, seed_high, place, threshold, b, t, C: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """Which elements of rows t of the items b are kept: bool [rows, BLOCK_C], whatever it says past C."""
-    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
+    seed = joined_seed(seed_low, seed_high)
     step = tl.load(step_ptr).to(tl.uint32)
     scene = tl.load(scene_ptr + b).to(tl.uint32)[:, None]
     place = place.to(tl.uint32)

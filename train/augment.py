@@ -3,13 +3,11 @@
 The draws are Philox at (seed; place, step, scene): the same scene at the same step moves the same way in any batch.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from kernels.philox import Counter, Place, philox_4x32, unit_interval
+from kernels.philox import Counter
+from kernels.turn import turn
 from perceiver.scene import SceneBatch
 
 
@@ -21,30 +19,13 @@ class AugmentConfig:
     flip: bool = True
 
 
-def augment(batch: SceneBatch, config: AugmentConfig, *, seed: int, step: Counter) -> SceneBatch:
-    """Return the batch with every scene turned and mirrored as its counters say.
+def augment(batch: SceneBatch, config: AugmentConfig, *, seed: int, step: Counter, impl: str = "auto") -> SceneBatch:
+    """Return the batch with every scene turned and mirrored as its counters say, see `kernels.turn`.
 
-        (x, y, z) -> (c m x + s z, y, -s m x + c z),   m = -1 if mirrored else 1
-
-    Determinism: depends on (seed, step, scene) only. Sines are the device's own.
+    Determinism: depends on (seed, step, scene) only. Sines are those of the form that `impl` names.
     """
-    rotation = _rotations(batch.scene_B, config, seed, step)
-    return batch.with_geometry(_turn(batch.xyz_BT3, rotation), _turn(batch.gt_BM23, rotation))
-
-
-def _rotations(scene_B: torch.Tensor, config: AugmentConfig, seed: int, step: Counter) -> tuple[torch.Tensor, ...]:
-    """cos, sin and mirror sign per scene."""
-    turn, mirror, _, _ = philox_4x32(0, Place.AUGMENTATION, step, scene_B, seed=seed)
-    one_B = torch.ones(len(scene_B), device=scene_B.device)
-    sign_B = torch.where(mirror >> 31 == 1, -one_B, one_B) if config.flip else one_B
-    if config.rotate == "uniform":
-        angle_B = 2 * math.pi * unit_interval(turn)
-        return angle_B.cos(), angle_B.sin(), sign_B
-    cos_B = torch.where(turn >> 31 == 1, -one_B, one_B) if config.rotate == "half_turn" else one_B
-    return cos_B, torch.zeros_like(one_B), sign_B
-
-
-def _turn(xyz: torch.Tensor, rotation: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    cos, sin, sign = (r.reshape(-1, *[1] * (xyz.dim() - 2)) for r in rotation)
-    x, y, z = sign * xyz[..., 0], xyz[..., 1], xyz[..., 2]
-    return torch.stack([cos * x + sin * z, y, cos * z - sin * x], dim=-1)
+    xyz_BT3, gt_BM23 = turn(
+        batch.xyz_BT3, batch.gt_BM23, batch.scene_B,
+        rotate=config.rotate, flip=config.flip, seed=seed, step=step, impl=impl,
+    )  # fmt: skip
+    return batch.with_geometry(xyz_BT3, gt_BM23)

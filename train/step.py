@@ -72,7 +72,7 @@ def advance(
     machine: Machine,
 ) -> StepResult:
     """Make an update at the learning rate that the optimizer has; `step` may be a tensor, as in a recorded graph."""
-    batch = augment(batch, recipe.augment, seed=recipe.seed, step=step)
+    batch = augment(batch, recipe.augment, seed=recipe.seed, step=step, impl=machine.impl)
     drop = None
     if recipe.model.dropout:
         drop = DropoutKey(rate=recipe.model.dropout, seed=recipe.seed, step=step, scene_B=batch.scene_B)
