@@ -175,6 +175,8 @@ def _(do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, *rest):
 
 def _setup_context(ctx, inputs, output):
     *tensors, _, ctx.precision, _, ctx.impl = inputs
+    # what is kept for the backward has no gradients, not tensors of zeros
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 

@@ -222,12 +222,16 @@ def _(grad_transport_B, grad_endpoint_B, grads_B27N, dtype, impl):
 
 def _save(ctx, inputs, output) -> None:
     ctx.dtype, ctx.impl = inputs[0].dtype, inputs[-1]
+    # the outputs without a gradient get none, not tensors of zeros
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[-1])
     ctx.mark_non_differentiable(*output[2:])
 
 
 def _backward(ctx, grad_transport_B, grad_endpoint_B, *_):
-    grads = match_segments_backward(grad_transport_B, grad_endpoint_B, *ctx.saved_tensors, ctx.dtype, ctx.impl)
+    (grads_B27N,) = ctx.saved_tensors
+    upstream = (grads_B27N.new_zeros(len(grads_B27N)) if g is None else g for g in (grad_transport_B, grad_endpoint_B))
+    grads = match_segments_backward(*upstream, grads_B27N, ctx.dtype, ctx.impl)
     return *grads, *[None] * 12
 
 

@@ -222,6 +222,8 @@ def _(dmemory_PC, features_PK, weight1_JK, weight2_CJ, gain_C, *rest):
 
 def _setup_context(ctx, inputs, output):
     features_PK, weight1_JK, weight2_CJ, _, gain_C, point_count_B, _, ctx.points_each, ctx.precision = inputs
+    # what is kept for the backward has no gradients, not tensors of zeros
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(features_PK, weight1_JK, weight2_CJ, gain_C, *output[1:], point_count_B)
 
 

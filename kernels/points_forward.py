@@ -74,9 +74,16 @@ def empty_outputs(features_PK: Tensor, gain_C: Tensor, points: int) -> tuple[Ten
 def product_weights(features_PK: Tensor, weight1_JK: Tensor, weight2_CJ: Tensor, precision: str):
     """Both weights in the products' dtype, zeros up to whole blocks, the second one transposed."""
     C, J = weight2_CJ.shape
-    more_J, more_C = -J % hidden_block(features_PK, precision), whole_block(C) - C
-    weight2_JC = torch.nn.functional.pad(weight2_CJ.T, (0, more_C, 0, more_J)).to(features_PK.dtype).contiguous()
-    return torch.nn.functional.pad(weight1_JK, (0, 0, 0, more_J)).to(features_PK.dtype), weight2_JC
+    padded_J, dtype = J + -J % hidden_block(features_PK, precision), features_PK.dtype
+    return _padded(weight1_JK, padded_J, WIDTH, dtype), _padded(weight2_CJ.T, padded_J, whole_block(C), dtype)
+
+
+def _padded(matrix: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A dense matrix in `dtype`, zeros past the given one: a launch where nothing is padded."""
+    allocate = matrix.new_empty if matrix.shape == (rows, columns) else matrix.new_zeros
+    padded = allocate(rows, columns, dtype=dtype)
+    padded[: matrix.shape[0], : matrix.shape[1]].copy_(matrix)
+    return padded
 
 
 def whole_block(C: int) -> int:

@@ -166,14 +166,14 @@ class Perceiver(nn.Module):
         )
 
     def _heads(self, x_BNC: torch.Tensor) -> Segments:
-        r_BN7 = self.segmenter.segment_head(x_BNC)
-        direction_BN3 = r_BN7[..., 3:6]
+        # one split and not slices: its backward is one launch
+        mid_BN3, direction_BN3, length_BN1 = self.segmenter.segment_head(x_BNC).split([3, 3, 1], dim=-1)
         norm_BN1 = torch.linalg.vector_norm(direction_BN3, dim=-1, keepdim=True).clamp(min=1e-12)
         return Segments(
-            mid_BN3=r_BN7[..., 0:3] + self.segmenter.query_offsets[:, 0],
+            mid_BN3=mid_BN3 + self.segmenter.query_offsets[:, 0],
             dir_BN3=direction_BN3 / norm_BN1,
-            len_BN=0.1 * nn.functional.softplus(r_BN7[..., 6]),
-            conf_BN=self.segmenter.conf_head(x_BNC)[..., 0],
+            len_BN=0.1 * nn.functional.softplus(length_BN1.squeeze(-1)),
+            conf_BN=self.segmenter.conf_head(x_BNC).squeeze(-1),
         )
 
 
