@@ -8,6 +8,7 @@ import torch
 
 from perceiver.blocks import DropoutKey, run_layers
 from perceiver.fused import fused_layers
+from perceiver.loss import LossConfig, segment_loss
 from perceiver.model import Perceiver
 from tests.small_models import SMALL, small_batch, stirred
 
@@ -82,6 +83,22 @@ def test_a_stack_is_its_products_and_one_launch_between_them(device):
     assert calls["ridgeline::bias_gelu_forward"] == 3
     assert calls["aten::_foreach_copy_"] == 1
     assert not calls.keys() & {"aten::_to_copy", "aten::gelu", "aten::rms_norm", "aten::where", "aten::cat"}
+
+
+def test_a_backward_makes_no_zeros_for_outputs_and_columns_without_a_gradient(device):
+    model, batch = stirred(Perceiver(CONFIG)).to(device), small_batch(scenes=2).to(device)
+    predicted = model(batch, impl="triton")
+    loss = segment_loss(
+        predicted, batch.gt_BM23, batch.gt_count_B, LossConfig(iterations=2), endpoint_weight=1.0, impl="triton"
+    )
+    with torch.profiler.profile() as profile:
+        loss.total.backward()
+    calls = {event.key for event in profile.key_averages()}
+    assert "ridgeline::match_segments_backward" in calls
+    # of `query_offsets` a half has no gradient
+    assert "aten::slice_backward" not in calls
+    zeros = [event for event in profile.events() if event.key == "aten::zeros"]
+    assert all(event.cpu_parent and event.cpu_parent.key == "aten::select_backward" for event in zeros)
 
 
 def test_a_step_in_a_tensor_is_that_step(device):
