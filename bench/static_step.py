@@ -1,4 +1,4 @@
-"""A lower bound of a training step's time on a GPU that is not there: every kernel of it compiled, every product counted.
+"""A lower bound of a training step's time on a GPU that is not there: every kernel compiled, every product counted.
 
     python -m bench.static step [--arch 80 89 90] [--shapes 32x2048 64x4096] [--check] [--write]
 
@@ -6,9 +6,9 @@ One update of the published model in bfloat16, from gathering its rows to AdamW,
 launchers on CPU tensors, every launch compiled and none executed. Matrix products are recorded and not computed, other
 calls of PyTorch are computed and counted. The bounds, summed over the step:
 
-    a kernel    `bench.cubin.time_bound_us`
-    a product   its FLOPs over the rate of its operands' type, or its bytes over the bandwidth
-    other calls their tensors' bytes over the bandwidth, each tensor once per call; on a GPU a call is one launch or more
+    a kernel        `bench.cubin.time_bound_us`
+    a product       its FLOPs over the rate of its operands' type, or its bytes over the bandwidth
+    another call    its tensors' bytes over the bandwidth; on a GPU it is one launch or more
 
 Beside it the arithmetic floor: the FLOPs of the same mathematics, nothing computed twice, over the rate in bfloat16.
 Starting a launch, latency and the gaps between launches count nothing, and what a cache keeps is counted as read again.
@@ -206,7 +206,9 @@ def bound(shape: tuple[int, int], arch: int) -> dict[str, Any]:
         "bound_ms": round((kernels_us + products_us + calls_us) / 1e3, 3),
         "tflop": round(flop / 1e12, 3),
         "floor_ms": round(flop / card.bf16_flop / clocks_per_us / 1e3, 3),
-        "kernels": sorted((row | {"bound_us": round(row["bound_us"], 1)} for row in rows.values()), key=lambda row: -row["bound_us"]),
+        "kernels": sorted(
+            (row | {"bound_us": round(row["bound_us"], 1)} for row in rows.values()), key=lambda row: -row["bound_us"]
+        ),
     }
 
 
