@@ -105,6 +105,7 @@ test)
     # ruff and the type checker are tests too: tests/test_layout.py
     OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 "$@"
     env -u TRITON_INTERPRET .venv/bin/python -m bench.static --check
+    env -u TRITON_INTERPRET .venv/bin/python -m bench.static step --arch 90 --check
     ;;
 bench)
     make_environment

@@ -8,7 +8,7 @@ imported. Output tensors keep what `torch.empty` left in them.
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -94,14 +94,22 @@ def gpu(arch: int) -> Iterator[list[Launch]]:
         driver._active = None
 
 
+def memory_bytes(tensors: Iterable[Any]) -> int:
+    """Return the bytes of memory behind tensors: an expanded axis has none, and a tensor twice counts once."""
+    sizes = {}
+    for x in tensors:
+        stored = math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
+        sizes[x.data_ptr()] = max(sizes.get(x.data_ptr(), 0), stored * x.element_size())
+    return sum(sizes.values())
+
+
 def _launch(kernel: str, compiled, arguments: dict[str, Any], grid: tuple[int, ...]) -> Launch:
-    tensors = {x.data_ptr(): x.numel() * x.element_size() for x in arguments.values() if hasattr(x, "data_ptr")}
     return Launch(
         kernel=kernel,
         grid=tuple(grid),
         warps=compiled.metadata.num_warps,
         shared_bytes=compiled.metadata.shared,
-        tensor_bytes=sum(tensors.values()),
+        tensor_bytes=memory_bytes(x for x in arguments.values() if hasattr(x, "data_ptr")),
         constants={name: x for name, x in arguments.items() if isinstance(x, bool | int | str)},
         ttir=compiled.asm["ttir"],
         ttgir=compiled.asm["ttgir"],

@@ -1,6 +1,7 @@
 """What the compiler makes of every kernel, on a machine without a GPU, and the rules it must keep.
 
     python -m bench.static [OPERATOR ...] [--arch 80 89 90] [--full] [--check] [--write]
+    python -m bench.static step [...]       a whole training step, see `bench.static_step`
 
 Every launch of the cases in `bench.static_cases` is compiled for GPUs that are not there (`bench.offline`), and its
 machine code is read (`bench.cubin`). `--write` keeps the result in results/static-<triton>.json; results are compared
@@ -64,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     from bench.offline import prepare_environment
 
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["step"]:
+        return importlib.import_module("bench.static_step").main(arguments[1:])
     options = _parse(arguments)
     try:
         prepare_environment()
@@ -245,10 +249,13 @@ def _result_path() -> Path:
 
 def _committed(path: Path) -> dict[str, dict[str, Any]]:
     """Return the rows of a result file by key; there is none for a Triton release that nobody kept."""
-    if not path.exists():
-        return {}
-    kept = json.loads(path.read_text())
-    return {key: kept["code"][row["sha256"]] | row for key, row in kept["launches"].items()}
+    kept = _sections(path)
+    return {key: kept["code"][row["sha256"]] | row for key, row in kept.get("launches", {}).items()}
+
+
+def _sections(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what a result file holds: "code" by hash, "launches" and "steps" by key; nothing where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _write(path: Path, units: list[Unit], rows: dict[str, dict[str, Any]]) -> None:
@@ -257,7 +264,11 @@ def _write(path: Path, units: list[Unit], rows: dict[str, dict[str, Any]]) -> No
     rows = {key: row for key, row in _committed(path).items() if key.rpartition("/")[0] not in replaced} | rows
     launches = {key: {name: row[name] for name in LAUNCH} for key, row in rows.items()}
     code = {row["sha256"]: {name: row[name] for name in row if name not in LAUNCH} for row in rows.values()}
-    path.write_text(f'{{\n"code": {_lines(code)},\n"launches": {_lines(launches)}\n}}\n')
+    _save(path, _sections(path) | {"code": code, "launches": launches})
+
+
+def _save(path: Path, sections: dict[str, dict[str, Any]]) -> None:
+    path.write_text("{\n" + ",\n".join(f'"{name}": {_lines(rows)}' for name, rows in sections.items()) + "\n}\n")
 
 
 def _lines(rows: dict[str, dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 "eager"    PyTorch on whatever device the tensors are on
 "triton"   the kernels: on a CUDA device, or on CPU tensors under the interpreter or the offline driver
-"auto"     triton on CUDA, eager elsewhere
+"auto"     triton on CUDA and under the offline driver, where CPU tensors stand for those of a GPU; else eager
 """
 
 import os
@@ -21,7 +21,7 @@ def resolve(impl: str, device: torch.device) -> str:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "auto":
-        return "triton" if device.type == "cuda" else "eager"
+        return "triton" if device.type == "cuda" or _stands_for_gpu() else "eager"
     if impl == "triton" and device.type != "cuda" and not (device.type == "cpu" and kernels_accept_cpu()):
         raise ValueError(
             f"impl='triton' must have CUDA tensors (CPU ones only with TRITON_INTERPRET=1), got device {device}"
@@ -31,11 +31,16 @@ def resolve(impl: str, device: torch.device) -> str:
 
 def kernels_accept_cpu() -> bool:
     """Whether a Triton launch on CPU tensors means something here: the interpreter, or a driver that only compiles."""
-    return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("KERNELS_OFFLINE") == "1"
+    return os.environ.get("TRITON_INTERPRET") == "1" or _stands_for_gpu()
 
 
 def values_are_readable(tensor: torch.Tensor) -> bool:
     """Whether an operator may look at the values of `tensor` to refuse bad ones: on a GPU that would wait for it."""
     if torch.compiler.is_compiling() or tensor.is_meta:
         return False
-    return tensor.device.type == "cpu" or os.environ.get("KERNELS_CHECK") == "1"
+    return (tensor.device.type == "cpu" and not _stands_for_gpu()) or os.environ.get("KERNELS_CHECK") == "1"
+
+
+def _stands_for_gpu() -> bool:
+    """Whether CPU tensors stand for those of a GPU that is not there, see `bench.offline`."""
+    return os.environ.get("KERNELS_OFFLINE") == "1"

@@ -32,6 +32,12 @@ def test_unknown_implementation_is_refused():
         resolve("cuda", CPU)
 
 
+def test_under_the_offline_driver_cpu_tensors_are_treated_as_those_of_a_gpu(monkeypatch):
+    monkeypatch.setenv("KERNELS_OFFLINE", "1")
+    assert resolve("auto", CPU) == "triton"
+    assert not values_are_readable(torch.zeros(1))
+
+
 def test_values_are_read_on_the_cpu_and_never_from_a_meta_tensor():
     assert values_are_readable(torch.zeros(1))
     assert not values_are_readable(torch.zeros(1, device="meta"))

@@ -164,7 +164,7 @@ def test_an_install_that_fails_leaves_no_stamp_and_is_tried_again(door):
                 "-m train compare runs/s23dr runs/s23dr-again",
             ],
         ),
-        (["test"], ["-m pytest -n 2", "-m bench.static --check"]),
+        (["test"], ["-m pytest -n 2", "-m bench.static --check", "-m bench.static step --arch 90 --check"]),
         (["bench"], ["-m bench"]),
     ],
 )
@@ -208,4 +208,5 @@ def test_continuous_integration_calls_the_door(door):
     door.install("python3", WORKING)
     environment = {"PATH": f"{door.bin}:/usr/bin:/bin", "CALLS": str(door.calls_file), "BREAK": "nothing", "CI": "true"}
     subprocess.run([str(door.home / ".ci" / "run")], cwd="/", env=environment, check=True, stdin=subprocess.DEVNULL)
-    assert door.calls()[2:] == ["python -m pytest -n 2", "python -m bench.static --check"]
+    static = [f"python -m bench.static {options}" for options in ("--check", "step --arch 90 --check")]
+    assert door.calls()[2:] == ["python -m pytest -n 2", *static]
