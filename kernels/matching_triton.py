@@ -159,7 +159,7 @@ def _anchor(gt_ptr, M, offs_n, offs_m, N0: tl.constexpr, M0: tl.constexpr):
     the costs are made of, and every sum of an iteration ends in a change of layout. Addresses rise along n0 and m0, so
     that these two lie across threads.
     """
-    at = offs_n % N0 + offs_m % M0
+    at = offs_n % (M0 // 2) + offs_m % M0
     return tl.load(gt_ptr + at, at < M, 0.0).to(tl.float32)
 
 
