@@ -1,8 +1,9 @@
 """Segment matching on a GPU: one launch gives the losses and all their gradients, the backward's only weights them.
 
 One program per item, the tile of all pairs in registers (`kernels.sinkhorn_tile` says how it lies there): cost, plan,
-losses and gradients follow from each other without a number of size N x M in memory. Coordinates are read one axis at a
-time from the cache, and the cost is computed again after the solve, so that few tiles are alive at once.
+losses and gradients follow from each other without a number of size N x M in memory. Each phase reads the coordinates
+again from the cache: what is computed from them anew does not stay in registers. With KEEP, where a thread has room for
+them, the cost and what it is made of outlive the solve.
 
 Sums are those of `sinkhorn_tile.sum_over`. An item's bits depend on its own values and on the tile that its capacity
 asks for, up to 64 or up to 128 rows and columns: not on the batch, its neighbours or the padding inside a tile.
@@ -22,12 +23,13 @@ from kernels.sinkhorn_tile import (
     row_offsets,
     solve_tile,
     sum_over,
+    sum_rows_of_both,
     uniform_log_masses,
 )
 
 # rows and columns side by side in the threads of a program, for every architecture, tile and mode; without a limit
 # above what it takes, ptxas aims at two programs per multiprocessor and spills
-LAYOUT = {"N0": 16, "M0": 16, "num_warps": 8, "num_stages": 1, "maxnreg": 224}
+LAYOUT = {"N0": 16, "M0": 16, "num_warps": 8, "num_stages": 1, "maxnreg": 248}
 
 
 def match_segments_forward_triton(
@@ -48,7 +50,7 @@ def match_segments_forward_triton(
             -1 / settings.eps, -settings.cost_scale * settings.dustbin / settings.eps,
             MINIMAL=settings.slack == "minimal", NEED_GRAD=need_grad, EXACT=exact,
             BLOCK_N=64 if N <= 64 else 128, BLOCK_M=64 if M <= 64 else 128,
-            KEEP=max(N, M) <= 64, **LAYOUT,
+            KEEP=max(N, M) <= 64 and not exact, **LAYOUT,
         )  # fmt: skip
     return transport_B, endpoint_B, matched_BN, partner_BN, grads_B27N
 
@@ -81,7 +83,7 @@ def _match_segments_fwd_kernel(
     m = tl.minimum(tl.maximum(tl.load(gt_count_ptr + item), 0), M).to(tl.int32)
     mask_n, mask_m = offs_n < N, offs_m < m
     predicted = (mid_ptr + item * N * 3, dir_ptr + item * N * 3, len_ptr + item * N, offs_n, mask_n)
-    true = (gt_ptr + item * M * 6, offs_m, mask_m)
+    true = (gt_ptr + item * M * 6, offs_m, offs_m < M, mask_m)
     weights = (direction_weight, length_weight, cost_scale)
     history = (history_ptr + item * (N + M + 2) * (iterations + 1), N, M, iterations)
     grads_ptr += item * 14 * N
@@ -89,7 +91,7 @@ def _match_segments_fwd_kernel(
 
     # plan = sinkhorn(cost)
     delta2, facing, chord2, gap, cost = _compare(predicted, true, weights)
-    anchored = tl.where(mask_n & mask_m, cost, _anchor(gt_ptr + item * M, M, offs_n, offs_m, N0, M0))
+    anchored = tl.where(mask_n & mask_m, cost, _anchor(gt_ptr + item * M, M, offs_n, offs_m, M0))
     masses, factor = uniform_log_masses(N, m, offs_n, offs_m, True, MINIMAL)
     P, _, _, scales = solve_tile(anchored * neg_inv_eps, z, masses, history, not MINIMAL, AUTO, EXACT)
     P *= factor
@@ -105,7 +107,7 @@ def _match_segments_fwd_kernel(
     total = sum_over(mass, 0)
     total = tl.where(total < 1e-6, 1e-6, total)
     distance, order = _endpoint_distance(P, predicted, true)
-    tl.store(endpoint_ptr + item + scalar, sum_over(sum_over(P * distance, 1), 0) / total)
+    endpoint = sum_over(P * distance, 1)
     if NEED_GRAD:
         _endpoint_grads(P * (0.5 / total), order, predicted, true, grads_ptr + 7 * N, N)
 
@@ -120,7 +122,9 @@ def _match_segments_fwd_kernel(
         indirect = dZ * (cost_scale * neg_inv_eps)
 
     # transport = sum(plan cost) / max(m, 1)
-    tl.store(transport_ptr + item + scalar, sum_over(sum_over(P * cost, 1), 0) * share)
+    transport, endpoint = sum_rows_of_both(sum_over(P * cost, 1), endpoint)
+    tl.store(transport_ptr + item + scalar, transport * share)
+    tl.store(endpoint_ptr + item + scalar, endpoint / total)
     if NEED_GRAD:
         pull = P * (cost_scale * share)
         if EXACT:
@@ -153,12 +157,12 @@ def _match_segments_bwd_kernel(
 
 
 @triton.jit
-def _anchor(gt_ptr, M, offs_n, offs_m, N0: tl.constexpr, M0: tl.constexpr):
+def _anchor(gt_ptr, M, offs_n, offs_m, M0: tl.constexpr):
     """Return a tile, for the padding, that was read from memory: its values have no meaning.
 
     Only loads decide how tiles lie in the threads. Without one of a tile's shape the solver's vectors lie as those that
-    the costs are made of, and every sum of an iteration ends in a change of layout. Addresses rise along n0 and m0, so
-    that these two lie across threads.
+    the costs are made of, and every sum of an iteration ends in a change of layout. Addresses rise along m0 and, over
+    shorter stretches, n0: these two lie across threads, m0 first, as in tiles that no load decides.
     """
     at = offs_n % (M0 // 2) + offs_m % M0
     return tl.load(gt_ptr + at, at < M, 0.0).to(tl.float32)
@@ -175,19 +179,19 @@ def _read(predicted, true):
     dir_ptr += offs_n * 3
     mid = (_load(mid_ptr, mask_n), _load(mid_ptr + 1, mask_n), _load(mid_ptr + 2, mask_n))
     along = (_load(dir_ptr, mask_n), _load(dir_ptr + 1, mask_n), _load(dir_ptr + 2, mask_n))
-    gt_ptr, offs_m, mask_m = true
-    gt_ptr += offs_m * 6
-    mid_x, half_x = _mid_and_half(gt_ptr, mask_m)
-    mid_y, half_y = _mid_and_half(gt_ptr + 1, mask_m)
-    mid_z, half_z = _mid_and_half(gt_ptr + 2, mask_m)
+    mid_x, half_x = _mid_and_half(true, 0)
+    mid_y, half_y = _mid_and_half(true, 1)
+    mid_z, half_z = _mid_and_half(true, 2)
     true_len = 2 * tl.sqrt(half_x * half_x + half_y * half_y + half_z * half_z)
     return (mid, along, _load(len_ptr + offs_n, mask_n)), ((mid_x, mid_y, mid_z), (half_x, half_y, half_z), true_len)
 
 
 @triton.jit
-def _mid_and_half(gt_ptr, mask_m):
-    start, end = _load(gt_ptr, mask_m), _load(gt_ptr + 3, mask_m)
-    return (start + end) * 0.5, (end - start) * 0.5
+def _mid_and_half(true, axis: tl.constexpr):
+    gt_ptr, offs_m, inside_m, mask_m = true
+    # memory is read before the count is known
+    start, end = _load(gt_ptr + offs_m * 6 + axis, inside_m), _load(gt_ptr + offs_m * 6 + (3 + axis), inside_m)
+    return tl.where(mask_m, (start + end) * 0.5, 0.0), tl.where(mask_m, (end - start) * 0.5, 0.0)
 
 
 @triton.jit

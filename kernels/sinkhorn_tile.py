@@ -307,12 +307,13 @@ def _absorb(bordered, z, masses, SHIFT: tl.constexpr):
 def _may_scale(bordered, z, masses, SHIFT: tl.constexpr):
     """Return 1 if the scaling path may be tried."""
     log_a, log_a_bin, log_b, log_b_bin = masses
-    least_a = tl.min(tl.minimum(_no_mass_is_inf(log_a), _no_mass_is_inf(log_a_bin)))
-    least_b = tl.min(tl.minimum(_no_mass_is_inf(log_b), _no_mass_is_inf(log_b_bin)))
-    legal = tl.minimum(least_a, least_b) >= -MASS_RANGE
+    least_a = tl.minimum(_no_mass_is_inf(log_a), _no_mass_is_inf(log_a_bin))
+    least_b = tl.minimum(_no_mass_is_inf(log_b), _no_mass_is_inf(log_b_bin))
+    # one maximum of all that must not be positive
+    excess = -MASS_RANGE - tl.minimum(least_a, least_b)
     if SHIFT:
-        legal &= tl.max(bordered[0]) - z <= RANGE
-    return legal.to(tl.int32)
+        excess = tl.maximum(excess, bordered[0] - z - RANGE)
+    return (tl.max(excess) <= 0).to(tl.int32)
 
 
 @triton.jit
