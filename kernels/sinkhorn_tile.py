@@ -56,6 +56,18 @@ def sum_over(x, AXIS: tl.constexpr):
 
 
 @triton.jit
+def sum_rows_of_both(x, y):
+    """Return the sums over all rows of a tile and of a row vector, a copy of it in each column, in one reduction."""
+    x, y = tl.broadcast(tl.sum(x, 0, keep_dims=True), tl.sum(y, 0, keep_dims=True))
+    return tl.reduce((x, y), 2, _add_both, keep_dims=True)
+
+
+@triton.jit
+def _add_both(x, y, other_x, other_y):
+    return x + other_x, y + other_y
+
+
+@triton.jit
 def max_over(x, AXIS: tl.constexpr):
     """Return the maximum over all rows (0) or all columns (1)."""
     return tl.max(tl.max(x, AXIS, keep_dims=True), AXIS + 2, keep_dims=True)
@@ -134,24 +146,40 @@ def _solve_scaling(bordered, z, masses, history, SHIFT: tl.constexpr, SAVE: tl.c
         pad_a, pad_b = pad_b_bin, pad_a_bin
     u, u_bin = tl.zeros_like(a), tl.zeros_like(a_bin)
     most_u, most_v = u, tl.zeros_like(b)
+    # each column has a copy of v_bin, since to make one of them takes as long as a sum over columns
+    v_bin += tl.zeros_like(v)
     if SAVE:
-        _store(history, 0, u, u_bin, v, v_bin)
+        _store(history, 0, u, u_bin, v, max_over(v_bin, 1))
     for t in range(history[3]):
         # u = a / (K v)
-        u = a / (sum_over(K * v, 1) + kr * v_bin + pad_a)
-        u_bin = a_bin / (sum_over(kc * v, 1) + kk * v_bin + pad_a_bin)
+        share = _share_of_copies(v_bin)
+        u = _quotient(a, _sum_lanes(tl.sum(K * v, 1, keep_dims=True) + kr * share) + pad_a)
+        u_bin = _quotient(a_bin, _sum_lanes(tl.sum(kc * v, 1, keep_dims=True) + kk * share) + pad_a_bin)
         # v = b / (K^T u)
-        v = b / (sum_over(K * u, 0) + kc * u_bin + pad_b)
-        v_bin = b_bin / (sum_over(kr * u, 0) + kk * u_bin + pad_b_bin)
+        total, total_bin = sum_rows_of_both(K * u, kr * u)
+        v = _quotient(b, total + kc * u_bin + pad_b)
+        v_bin = _quotient(b_bin, total_bin + kk * u_bin + pad_b_bin)
         if not SHIFT:
             most_u = tl.maximum(most_u, tl.maximum(u, u_bin))
             most_v = tl.maximum(most_v, tl.maximum(v, v_bin))
         if SAVE:
-            _store(history, t + 1, u, u_bin, v, v_bin)
+            _store(history, t + 1, u, u_bin, v, max_over(v_bin, 1))
     in_range = 1
     if not SHIFT:
         in_range = (tl.max(most_u) * tl.max(most_v) <= LARGEST).to(tl.int32)
-    return K * u * v, kr * u * v_bin, kc * u_bin * v, in_range
+    return K * u * v, kr * u * max_over(v_bin, 1), kc * u_bin * v, in_range
+
+
+@triton.jit
+def _share_of_copies(x):
+    """Return [1, 1, 1, M0] with the sum x from a column vector whose elements all are x."""
+    lane = tl.arange(0, x.shape[3])[None, None, None, :]
+    return tl.where(lane == 0, tl.sum(x, 1, keep_dims=True) * (1.0 / x.shape[1]), 0.0)
+
+
+@triton.jit
+def _sum_lanes(x):
+    return tl.sum(x, 3, keep_dims=True)
 
 
 @triton.jit
@@ -279,12 +307,13 @@ def _absorb(bordered, z, masses, SHIFT: tl.constexpr):
 def _may_scale(bordered, z, masses, SHIFT: tl.constexpr):
     """Return 1 if the scaling path may be tried."""
     log_a, log_a_bin, log_b, log_b_bin = masses
-    least_a = tl.min(tl.minimum(_no_mass_is_inf(log_a), _no_mass_is_inf(log_a_bin)))
-    least_b = tl.min(tl.minimum(_no_mass_is_inf(log_b), _no_mass_is_inf(log_b_bin)))
-    legal = tl.minimum(least_a, least_b) >= -MASS_RANGE
+    least_a = tl.minimum(_no_mass_is_inf(log_a), _no_mass_is_inf(log_a_bin))
+    least_b = tl.minimum(_no_mass_is_inf(log_b), _no_mass_is_inf(log_b_bin))
+    # one maximum of all that must not be positive
+    excess = -MASS_RANGE - tl.minimum(least_a, least_b)
     if SHIFT:
-        legal &= tl.max(bordered[0]) - z <= RANGE
-    return legal.to(tl.int32)
+        excess = tl.maximum(excess, bordered[0] - z - RANGE)
+    return (tl.max(excess) <= 0).to(tl.int32)
 
 
 @triton.jit
@@ -305,6 +334,13 @@ def _minus_lse(log_mass, x, x_bin, AXIS: tl.constexpr):
 @triton.jit
 def _is_zero(mass):
     return tl.where(mass == 0, 1.0, 0.0)
+
+
+@triton.jit
+def _quotient(x, y):
+    """Return x / y for y > 0, to 2 ulp: a root and two products take fewer steps than a division."""
+    root = tl.rsqrt(y)
+    return x * (root * root)
 
 
 @triton.jit

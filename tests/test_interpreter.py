@@ -141,6 +141,32 @@ def test_a_loop_runs_to_a_bound_read_from_memory():
     assert out.tolist() == [10.0] * 4
 
 
+@triton.jit
+def _digits_and_sum(x, y, other_x, other_y):
+    return x * 2 + other_x, y + other_y
+
+
+@triton.jit
+def _combine_kernel(x_ptr, out_ptr, sums_ptr, AXIS: tl.constexpr, SIZE: tl.constexpr):
+    rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    x = tl.load(x_ptr + rows * SIZE + columns)
+    digits, sums = tl.reduce((x, x.to(tl.float32)), AXIS, _digits_and_sum, keep_dims=True)
+    offs = rows if AXIS == 1 else columns
+    tl.store(out_ptr + offs, digits)
+    tl.store(sums_ptr + offs, sums)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_reduction_combines_in_the_order_of_the_elements(axis):
+    """The first operand is read as binary digits, the second summed."""
+    x = torch.randint(2, (8, 8), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    digits, sums = torch.empty(8, dtype=torch.int32), torch.empty(8)
+    _combine_kernel[(1,)](x, digits, sums, AXIS=axis, SIZE=8)
+    places = 2 ** torch.arange(7, -1, -1, dtype=torch.int32)
+    assert torch.equal(digits, (x * places.unsqueeze(1 - axis)).sum(axis, dtype=torch.int32))
+    assert torch.equal(sums, x.sum(axis).float())
+
+
 def test_maximum_and_max_ignore_nan_and_nothing_warns():
     x = torch.full((SIZE,), torch.nan).bfloat16()
     y = torch.ones(SIZE).bfloat16()
