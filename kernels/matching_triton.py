@@ -1,9 +1,8 @@
 """Segment matching on a GPU: one launch gives the losses and all their gradients, the backward's only weights them.
 
 One program per item, the tile of all pairs in registers (`kernels.sinkhorn_tile` says how it lies there): cost, plan,
-losses and gradients follow from each other without a number of size N x M in memory. Each phase reads the coordinates
-again from the cache: what is computed from them anew does not stay in registers. With KEEP, where a thread has room for
-them, the cost and what it is made of outlive the solve.
+losses and gradients follow from each other without a number of size N x M in memory. Coordinates are read one axis at a
+time from the cache, and the cost is computed again after the solve, so that few tiles are alive at once.
 
 Sums are those of `sinkhorn_tile.sum_over`. An item's bits depend on its own values and on the tile that its capacity
 asks for, up to 64 or up to 128 rows and columns: not on the batch, its neighbours or the padding inside a tile.
@@ -29,7 +28,7 @@ from kernels.sinkhorn_tile import (
 
 # rows and columns side by side in the threads of a program, for every architecture, tile and mode; without a limit
 # above what it takes, ptxas aims at two programs per multiprocessor and spills
-LAYOUT = {"N0": 16, "M0": 16, "num_warps": 8, "num_stages": 1, "maxnreg": 248}
+LAYOUT = {"N0": 16, "M0": 16, "num_warps": 8, "num_stages": 1, "maxnreg": 224}
 
 
 def match_segments_forward_triton(
@@ -49,8 +48,7 @@ def match_segments_forward_triton(
             settings.direction_weight, settings.length_weight, settings.cost_scale,
             -1 / settings.eps, -settings.cost_scale * settings.dustbin / settings.eps,
             MINIMAL=settings.slack == "minimal", NEED_GRAD=need_grad, EXACT=exact,
-            BLOCK_N=64 if N <= 64 else 128, BLOCK_M=64 if M <= 64 else 128,
-            KEEP=max(N, M) <= 64 and not exact, **LAYOUT,
+            BLOCK_N=64 if N <= 64 else 128, BLOCK_M=64 if M <= 64 else 128, **LAYOUT,
         )  # fmt: skip
     return transport_B, endpoint_B, matched_BN, partner_BN, grads_B27N
 
@@ -75,7 +73,7 @@ def _match_segments_fwd_kernel(
     transport_ptr, endpoint_ptr, matched_ptr, partner_ptr, grads_ptr, history_ptr,
     N, M, iterations, direction_weight, length_weight, cost_scale, neg_inv_eps, z,
     MINIMAL: tl.constexpr, NEED_GRAD: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, N0: tl.constexpr, M0: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, N0: tl.constexpr, M0: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0).to(tl.int64)
     offs_n, offs_m = row_offsets(BLOCK_N, N0), col_offsets(BLOCK_M, M0)
@@ -83,17 +81,17 @@ def _match_segments_fwd_kernel(
     m = tl.minimum(tl.maximum(tl.load(gt_count_ptr + item), 0), M).to(tl.int32)
     mask_n, mask_m = offs_n < N, offs_m < m
     predicted = (mid_ptr + item * N * 3, dir_ptr + item * N * 3, len_ptr + item * N, offs_n, mask_n)
-    true = (gt_ptr + item * M * 6, offs_m, offs_m < M, mask_m)
+    true = (gt_ptr + item * M * 6, offs_m, mask_m)
     weights = (direction_weight, length_weight, cost_scale)
     history = (history_ptr + item * (N + M + 2) * (iterations + 1), N, M, iterations)
     grads_ptr += item * 14 * N
     share = 1.0 / tl.maximum(m, 1).to(tl.float32)
 
     # plan = sinkhorn(cost)
-    delta2, facing, chord2, gap, cost = _compare(predicted, true, weights)
-    anchored = tl.where(mask_n & mask_m, cost, _anchor(gt_ptr + item * M, M, offs_n, offs_m, M0))
+    _, _, _, _, cost = _compare(predicted, true, weights)
+    cost = tl.where(mask_n & mask_m, cost, _anchor(gt_ptr + item * M, M, offs_n, offs_m, M0))
     masses, factor = uniform_log_masses(N, m, offs_n, offs_m, True, MINIMAL)
-    P, _, _, scales = solve_tile(anchored * neg_inv_eps, z, masses, history, not MINIMAL, AUTO, EXACT)
+    P, _, _, scales = solve_tile(cost * neg_inv_eps, z, masses, history, not MINIMAL, AUTO, EXACT)
     P *= factor
     mass = sum_over(P, 1)
     # matched = min(sum_j plan, 1)
@@ -111,17 +109,17 @@ def _match_segments_fwd_kernel(
     if NEED_GRAD:
         _endpoint_grads(P * (0.5 / total), order, predicted, true, grads_ptr + 7 * N, N)
 
-    if not KEEP:
-        delta2, facing, chord2, gap, cost = _compare(predicted, true, weights)
     if EXACT:
         # d transport / d cost through the plan; the barrier shows each thread the history that the others stored
         tl.debug_barrier()
+        _, _, _, _, cost = _compare(predicted, true, weights)
         G = tl.where(mask_n & mask_m, cost * (factor * share), 0.0)
         Gr, Gc = tl.zeros_like(masses[0]), tl.zeros_like(masses[2])
         dZ, _, _, _, _, _ = reverse_tile(G, Gr, Gc, cost * neg_inv_eps, z, masses, history, scales, not MINIMAL)
         indirect = dZ * (cost_scale * neg_inv_eps)
 
     # transport = sum(plan cost) / max(m, 1)
+    delta2, facing, chord2, gap, cost = _compare(predicted, true, weights)
     transport, endpoint = sum_rows_of_both(sum_over(P * cost, 1), endpoint)
     tl.store(transport_ptr + item + scalar, transport * share)
     tl.store(endpoint_ptr + item + scalar, endpoint / total)
@@ -169,78 +167,44 @@ def _anchor(gt_ptr, M, offs_n, offs_m, M0: tl.constexpr):
 
 
 @triton.jit
-def _read(predicted, true):
-    """Return (midpoints, directions, lengths) and (midpoints, half vectors from end to end, lengths).
-
-    What has coordinates is by axis; 0 in the padding.
-    """
-    mid_ptr, dir_ptr, len_ptr, offs_n, mask_n = predicted
-    mid_ptr += offs_n * 3
-    dir_ptr += offs_n * 3
-    mid = (_load(mid_ptr, mask_n), _load(mid_ptr + 1, mask_n), _load(mid_ptr + 2, mask_n))
-    along = (_load(dir_ptr, mask_n), _load(dir_ptr + 1, mask_n), _load(dir_ptr + 2, mask_n))
-    mid_x, half_x = _mid_and_half(true, 0)
-    mid_y, half_y = _mid_and_half(true, 1)
-    mid_z, half_z = _mid_and_half(true, 2)
-    true_len = 2 * tl.sqrt(half_x * half_x + half_y * half_y + half_z * half_z)
-    return (mid, along, _load(len_ptr + offs_n, mask_n)), ((mid_x, mid_y, mid_z), (half_x, half_y, half_z), true_len)
-
-
-@triton.jit
-def _mid_and_half(true, axis: tl.constexpr):
-    gt_ptr, offs_m, inside_m, mask_m = true
-    # memory is read before the count is known
-    start, end = _load(gt_ptr + offs_m * 6 + axis, inside_m), _load(gt_ptr + offs_m * 6 + (3 + axis), inside_m)
-    return tl.where(mask_m, (start + end) * 0.5, 0.0), tl.where(mask_m, (end - start) * 0.5, 0.0)
-
-
-@triton.jit
-def _load(pointer, mask):
-    return tl.load(pointer, mask, 0.0).to(tl.float32)
-
-
-@triton.jit
 def _compare(predicted, true, weights):
     """Return |m_i - m_j|^2, the sign, |w_ij|^2, l_i - l_j and the scaled cost."""
     direction_weight, length_weight, cost_scale = weights
-    predicted, true = _read(predicted, true)
-    gap = predicted[2] - true[2]
+    true_len = _true_lengths(true)
+    gap = _lengths(predicted) - true_len
     delta2, dot, chord2 = tl.zeros_like(gap), tl.zeros_like(gap), tl.zeros_like(gap)
-    for axis in tl.static_range(3):
-        delta = predicted[0][axis] - true[0][axis]
+    for axis in range(3):
+        mid, true_mid = _midpoints(predicted, true, axis)
+        along, true_along = _directions(predicted, true, axis)
+        delta = mid - true_mid
         delta2 += delta * delta
-        dot += predicted[1][axis] * true[1][axis]
+        dot += along * true_along
     # sign = +1 if u_i.u_j >= 0 else -1
     facing = tl.where(dot >= 0, 1.0, -1.0)
-    for axis in tl.static_range(3):
-        chord = _chord(predicted, true, facing, axis)
+    for axis in range(3):
+        along, true_along = _directions(predicted, true, axis)
+        chord = along - facing * _unit(true_along, true_len)
         chord2 += chord * chord
     cost = cost_scale * (tl.sqrt(delta2) + direction_weight * tl.sqrt(chord2) + length_weight * tl.abs(gap))
     return delta2, facing, chord2, gap, cost
 
 
 @triton.jit
-def _chord(predicted, true, facing, axis: tl.constexpr):
-    """Return one coordinate of w_ij = u_i - sign u_j."""
-    half_len = true[2] * 0.5
-    return predicted[1][axis] - facing * (true[1][axis] / tl.where(half_len > 5e-13, half_len, 5e-13))
-
-
-@triton.jit
 def _transport_grads(pull, delta2, facing, chord2, gap, predicted, true, weights, grads_ptr, N):
     """Store what `pull`, the gradient of the cost before its scale, is for mid, dir and len."""
     direction_weight, length_weight, _ = weights
-    mask_n = predicted[4]
-    grads_ptr += predicted[3]
-    predicted, true = _read(predicted, true)
+    offs_n, mask_n = predicted[3], predicted[4]
+    tl.store(grads_ptr + 6 * N + offs_n, length_weight * sum_over(pull * _sign(gap), 1), mask_n)
+    true_len = _true_lengths(true)
     delta_pull = pull * _inverse_root(delta2)
+    for axis in range(3):
+        mid, true_mid = _midpoints(predicted, true, axis)
+        tl.store(grads_ptr + axis * N + offs_n, sum_over(delta_pull * (mid - true_mid), 1), mask_n)
     chord_pull = pull * (direction_weight * _inverse_root(chord2))
-    for axis in tl.static_range(3):
-        grad_mid = sum_over(delta_pull * (predicted[0][axis] - true[0][axis]), 1)
-        grad_dir = sum_over(chord_pull * _chord(predicted, true, facing, axis), 1)
-        tl.store(grads_ptr + axis * N, grad_mid, mask_n)
-        tl.store(grads_ptr + (3 + axis) * N, grad_dir, mask_n)
-    tl.store(grads_ptr + 6 * N, length_weight * sum_over(pull * _sign(gap), 1), mask_n)
+    for axis in range(3):
+        along, true_along = _directions(predicted, true, axis)
+        chord = along - facing * _unit(true_along, true_len)
+        tl.store(grads_ptr + (3 + axis) * N + offs_n, sum_over(chord_pull * chord, 1), mask_n)
 
 
 @triton.jit
@@ -249,11 +213,13 @@ def _endpoint_distance(P, predicted, true):
 
     With x = m_i - m_j and y = h_i - h_j, half vectors, |p_i - p_j| + |q_i - q_j| = |x - y| + |x + y| = 2 max(|x|, |y|).
     """
-    predicted, true = _read(predicted, true)
     same, swapped = tl.zeros_like(P), tl.zeros_like(P)
-    for axis in tl.static_range(3):
-        x, half = tl.abs(predicted[0][axis] - true[0][axis]), predicted[1][axis] * (predicted[2] * 0.5)
-        y_same, y_swapped = tl.abs(half - true[1][axis]), tl.abs(half + true[1][axis])
+    half_len = _lengths(predicted) * 0.5
+    for axis in range(3):
+        mid, true_mid = _midpoints(predicted, true, axis)
+        along, true_along = _directions(predicted, true, axis)
+        x, half, true_half = tl.abs(mid - true_mid), along * half_len, true_along * 0.5
+        y_same, y_swapped = tl.abs(half - true_half), tl.abs(half + true_half)
         same += tl.where(x > y_same, x, y_same)
         swapped += tl.where(x > y_swapped, x, y_swapped)
     return tl.where(same <= swapped, same, swapped), tl.where(same <= swapped, 1.0, -1.0)
@@ -262,20 +228,62 @@ def _endpoint_distance(P, predicted, true):
 @triton.jit
 def _endpoint_grads(pull, order, predicted, true, grads_ptr, N):
     """Store the gradients of sum(pull (|p_i - p_j| + |q_i - q_j|)) for mid, dir and len."""
-    mask_n = predicted[4]
-    grads_ptr += predicted[3]
-    predicted, true = _read(predicted, true)
-    length = predicted[2]
+    offs_n, mask_n = predicted[3], predicted[4]
+    length = _lengths(predicted)
     grad_len = tl.zeros_like(length)
-    for axis in tl.static_range(3):
-        along = predicted[1][axis]
-        x, y = predicted[0][axis] - true[0][axis], along * (length * 0.5) - order * true[1][axis]
+    for axis in range(3):
+        mid, true_mid = _midpoints(predicted, true, axis)
+        along, true_along = _directions(predicted, true, axis)
+        x, y = mid - true_mid, along * length * 0.5 - order * (true_along * 0.5)
         grad_start, grad_end = sum_over(pull * _sign(x - y), 1), sum_over(pull * _sign(x + y), 1)
         grad_half = (grad_end - grad_start) * 0.5
-        tl.store(grads_ptr + axis * N, grad_start + grad_end, mask_n)
-        tl.store(grads_ptr + (3 + axis) * N, grad_half * length, mask_n)
+        tl.store(grads_ptr + axis * N + offs_n, grad_start + grad_end, mask_n)
+        tl.store(grads_ptr + (3 + axis) * N + offs_n, grad_half * length, mask_n)
         grad_len += grad_half * along
-    tl.store(grads_ptr + 6 * N, grad_len, mask_n)
+    tl.store(grads_ptr + 6 * N + offs_n, grad_len, mask_n)
+
+
+@triton.jit
+def _midpoints(predicted, true, axis):
+    """Return one coordinate of all midpoints; 0 in the padding."""
+    mid = tl.load(predicted[0] + predicted[3] * 3 + axis, predicted[4], 0.0).to(tl.float32)
+    start, end = _true_endpoints(true, axis)
+    return mid, (start + end) * 0.5
+
+
+@triton.jit
+def _directions(predicted, true, axis):
+    """Return one coordinate of the predicted directions, and of the true vectors from end to end; 0 in the padding."""
+    along = tl.load(predicted[1] + predicted[3] * 3 + axis, predicted[4], 0.0).to(tl.float32)
+    start, end = _true_endpoints(true, axis)
+    return along, end - start
+
+
+@triton.jit
+def _true_endpoints(true, axis):
+    gt_ptr, offs_m, mask_m = true
+    start = tl.load(gt_ptr + offs_m * 6 + axis, mask_m, 0.0).to(tl.float32)
+    end = tl.load(gt_ptr + offs_m * 6 + 3 + axis, mask_m, 0.0).to(tl.float32)
+    return start, end
+
+
+@triton.jit
+def _lengths(predicted):
+    return tl.load(predicted[2] + predicted[3], predicted[4], 0.0).to(tl.float32)
+
+
+@triton.jit
+def _true_lengths(true):
+    squares = tl.zeros_like(true[1]).to(tl.float32)
+    for axis in range(3):
+        start, end = _true_endpoints(true, axis)
+        squares += (end - start) * (end - start)
+    return tl.sqrt(squares)
+
+
+@triton.jit
+def _unit(along, length):
+    return along / tl.where(length > 1e-12, length, 1e-12)
 
 
 @triton.jit
