@@ -153,8 +153,8 @@ def _solve_scaling(bordered, z, masses, history, SHIFT: tl.constexpr, SAVE: tl.c
     for t in range(history[3]):
         # u = a / (K v)
         share = _share_of_copies(v_bin)
-        u = _quotient(a, _sum_lanes(tl.sum(K * v, 1, keep_dims=True) + kr * share) + pad_a)
-        u_bin = _quotient(a_bin, _sum_lanes(tl.sum(kc * v, 1, keep_dims=True) + kk * share) + pad_a_bin)
+        u = _quotient(a, tl.sum(tl.sum(K * v, 1, keep_dims=True) + kr * share, 3, keep_dims=True) + pad_a)
+        u_bin = _quotient(a_bin, tl.sum(tl.sum(kc * v, 1, keep_dims=True) + kk * share, 3, keep_dims=True) + pad_a_bin)
         # v = b / (K^T u)
         total, total_bin = sum_rows_of_both(K * u, kr * u)
         v = _quotient(b, total + kc * u_bin + pad_b)
@@ -173,13 +173,7 @@ def _solve_scaling(bordered, z, masses, history, SHIFT: tl.constexpr, SAVE: tl.c
 @triton.jit
 def _share_of_copies(x):
     """Return [1, 1, 1, M0] with the sum x from a column vector whose elements all are x."""
-    lane = tl.arange(0, x.shape[3])[None, None, None, :]
-    return tl.where(lane == 0, tl.sum(x, 1, keep_dims=True) * (1.0 / x.shape[1]), 0.0)
-
-
-@triton.jit
-def _sum_lanes(x):
-    return tl.sum(x, 3, keep_dims=True)
+    return tl.where(tl.arange(0, x.shape[3])[None, None, None, :] == 0, tl.sum(x, 1, keep_dims=True) * (1.0 / x.shape[1]), 0.0)
 
 
 @triton.jit
@@ -305,12 +299,10 @@ def _absorb(bordered, z, masses, SHIFT: tl.constexpr):
 
 @triton.jit
 def _may_scale(bordered, z, masses, SHIFT: tl.constexpr):
-    """Return 1 if the scaling path may be tried."""
+    """Return 1 if the scaling path may be tried: nothing exceeds its range."""
     log_a, log_a_bin, log_b, log_b_bin = masses
     least_a = tl.minimum(_no_mass_is_inf(log_a), _no_mass_is_inf(log_a_bin))
-    least_b = tl.minimum(_no_mass_is_inf(log_b), _no_mass_is_inf(log_b_bin))
-    # one maximum of all that must not be positive
-    excess = -MASS_RANGE - tl.minimum(least_a, least_b)
+    excess = -MASS_RANGE - tl.minimum(least_a, tl.minimum(_no_mass_is_inf(log_b), _no_mass_is_inf(log_b_bin)))
     if SHIFT:
         excess = tl.maximum(excess, bordered[0] - z - RANGE)
     return (tl.max(excess) <= 0).to(tl.int32)
