@@ -144,8 +144,7 @@ def _solve_scaling(bordered, z, masses, history, SHIFT: tl.constexpr, SAVE: tl.c
     if SHIFT:
         # a total holds the other side's bin, so that only without that bin it can be 0
         pad_a, pad_b = pad_b_bin, pad_a_bin
-    u, u_bin = tl.zeros_like(a), tl.zeros_like(a_bin)
-    most_u, most_v = u, tl.zeros_like(b)
+    u, u_bin, most_u, most_v = tl.zeros_like(a), tl.zeros_like(a_bin), tl.zeros_like(a), tl.zeros_like(b)
     # each column has a copy of v_bin, since to make one of them takes as long as a sum over columns
     v_bin += tl.zeros_like(v)
     if SAVE:
@@ -173,7 +172,8 @@ def _solve_scaling(bordered, z, masses, history, SHIFT: tl.constexpr, SAVE: tl.c
 @triton.jit
 def _share_of_copies(x):
     """Return [1, 1, 1, M0] with the sum x from a column vector whose elements all are x."""
-    return tl.where(tl.arange(0, x.shape[3])[None, None, None, :] == 0, tl.sum(x, 1, keep_dims=True) * (1.0 / x.shape[1]), 0.0)
+    share = tl.sum(x, 1, keep_dims=True) * (1.0 / x.shape[1])
+    return tl.where(tl.arange(0, x.shape[3])[None, None, None, :] == 0, share, 0.0)
 
 
 @triton.jit
