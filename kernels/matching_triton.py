@@ -28,7 +28,7 @@ from kernels.sinkhorn_tile import (
 
 # rows and columns side by side in the threads of a program, for every architecture, tile and mode; without a limit
 # above what it takes, ptxas aims at two programs per multiprocessor and spills
-LAYOUT = {"N0": 16, "M0": 16, "num_warps": 8, "num_stages": 1, "maxnreg": 255}
+LAYOUT = {"N0": 16, "M0": 16, "num_warps": 4, "num_stages": 1}
 
 
 def match_segments_forward_triton(
