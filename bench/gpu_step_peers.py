@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.peers import matching_peers
+from kernels.rms_norm import EPS
 from perceiver.blocks import AttentionBlock, FeedForwardBlock, Layer
 from perceiver.model import Perceiver
 from perceiver.scene import SceneBatch
@@ -75,7 +76,9 @@ def _feed_forward(block: FeedForwardBlock, x_BTC: Tensor) -> Tensor:
 
 
 def _rms_norm(norm: nn.RMSNorm, x_BTC: Tensor) -> Tensor:
-    return F.rms_norm(x_BTC.to(torch.promote_types(x_BTC.dtype, torch.float32)), norm.normalized_shape, norm.weight)
+    return F.rms_norm(
+        x_BTC.to(torch.promote_types(x_BTC.dtype, torch.float32)), norm.normalized_shape, norm.weight, EPS
+    )
 
 
 def plain_loss(recipe: Recipe, stage: StageConfig) -> Callable[..., Tensor]:

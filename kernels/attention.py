@@ -181,6 +181,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, do_BHTD, *_):
+    if do_BHTD is None:
+        return (None,) * 10
     gradients = _backward(do_BHTD, *ctx.saved_tensors, ctx.precision, ctx.impl)
     return (*gradients, *[None] * 6)
 

@@ -81,7 +81,7 @@ OPERATORS = (
     (perceiver.fused, "bias_gelu"),
     (perceiver.loss, "match_segments"),
 )
-# what trains: small enough for the interpreter to make 100 updates in half a minute
+# what trains: small enough for the interpreter to make 100 updates
 TRAINED = dataclasses.replace(
     load_recipe("tiny").model,
     hidden=16,
@@ -103,6 +103,8 @@ STAGE = StageConfig(
 # updates made a second time; the interpreter takes a third of a second for one
 REPEATED = 100 if HAS_GPU else 6
 FORMS = {"reference": Form(reference=True), "eager": Form(), "triton": Form(impl="triton")}
+GRAPH = Form(impl="triton", graph=True)
+TRAINED_FORMS = [*FORMS, pytest.param("graph", marks=pytest.mark.gpu)]
 TRUTH = Form(reference=True, dtype=torch.float64)
 
 
@@ -189,20 +191,21 @@ def distances(run: tuple[torch.Tensor, torch.Tensor], truth: tuple[torch.Tensor,
     return torch.cat([losses, (run[1] - truth[1]).abs().max()[None]])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", TRAINED_FORMS)
 def test_100_steps_are_no_further_from_float64_than_rounding_the_first_weights(form, device):
     """Updates amplify rounding, so no two forms agree for long; they may differ by what any rounding would do."""
     truth = train(TRUTH, device)
     rounded = [distances(train(FORMS["reference"], device, rounding=i), truth) for i in (1, 2, 3)]
     allowed = 2 * torch.stack(rounded).amax(dim=0) + 8 * torch.finfo(torch.float32).eps
-    found = distances(train(FORMS[form], device), truth)
+    found = distances(train(FORMS.get(form, GRAPH), device), truth)
     assert (found <= allowed).all(), f"{form}: {found / allowed} of what is allowed"
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", TRAINED_FORMS)
 def test_two_runs_are_the_same_bits(form, device):
-    logged, _ = train(FORMS[form], device)
-    assert torch.equal(train.__wrapped__(FORMS[form], device, steps=REPEATED)[0], logged[:REPEATED])
+    form = FORMS.get(form, GRAPH)
+    logged, _ = train(form, device)
+    assert torch.equal(train.__wrapped__(form, device, steps=REPEATED)[0], logged[:REPEATED])
 
 
 def test_two_runs_of_the_tiny_recipe_on_kernels_are_identical(tmp_path, device):

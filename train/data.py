@@ -31,7 +31,15 @@ _CHUNK = 256
 # undecodable rows that are named one by one
 _NAMED = 10
 # the code between the bytes of a source and stacked rows
-_CODE = ("kernels.philox", "perceiver.scene", "train.sources", "train.data", "train.resident")
+_CODE = (
+    "kernels.philox",
+    "kernels.philox_triton",
+    "kernels.dispatch",
+    "perceiver.scene",
+    "train.sources",
+    "train.data",
+    "train.resident",
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
