@@ -109,7 +109,9 @@ def _repeats_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "configurations": found["configurations"],
         "swept": len(swept),
         "repeats": max((line["repeats"] for line in swept), default=0),
-        "differing": [f"{n['operator']} {n['case']}" for n in swept if n["differing"] or n["alone_differs"]],
+        "differing": [
+            f"{n['operator']} {n['case']}" for n in swept if n["differing"] or n["alone_differs"] or n["not_finite"]
+        ],
         "processes": found["processes"],
     }
 

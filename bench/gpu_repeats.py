@@ -202,7 +202,7 @@ def main() -> int:
         sheet, seconds=options.seconds, repeats=options.repeats, device=options.device, processes=options.processes
     )
     swept = sheet.content["swept"]
-    differing = sum(bool(line["differing"] or line["alone_differs"]) for line in swept)
+    differing = sum(bool(line["differing"] or line["alone_differs"] or line["not_finite"]) for line in swept)
     print(f"{len(swept)} of {sheet.content['configurations']} configurations swept, {differing} with differing bits")
     return int(not is_green(sheet.content))
 

@@ -1,7 +1,8 @@
 """Who else computes the same: one function per peer, with its version, its licence and in what it means something else.
 
 Formulas in plain PyTorch come in the log and in the scaling domain, so that what an algorithm gains is not taken for
-what a kernel gains; `variants` adds torch.compile and CUDA graphs. A peer that is not installed says so.
+what a kernel gains; `with_compile` and `with_graph` add torch.compile and CUDA graphs. A peer that is not installed
+says so.
 """
 
 import contextlib

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.peers import OURS
-from bench.results import RESULTS, Case, measured, read_results
+from bench.results import RESULTS, Case, Results, measured, read_results
 from bench.tables import read_devices, tables, time_text
 
 README = Path(__file__).parent.parent / "README.md"
@@ -98,8 +98,31 @@ def gpus(results: Path) -> str:
         machine, software = found["machine"], next(iter(found["suites"].values()))
         versions = ", ".join(f"{name} {software[name]}" for name in ("torch", "triton", "date") if software.get(name))
         rows = ["| | target | measured | |", "| --- | --- | --- | --- |", *map(_target, found["targets"])]
-        parts.append("\n".join([f"{machine.get('gpu', device)} ({versions}):", "", *rows]))
+        lines = [f"{machine.get('gpu', device)} ({versions}):", "", *rows, *_ways(found["cases"]), *_bits(found)]
+        parts.append("\n".join(lines))
     return "\n\n".join(parts) or "No GPU has been measured yet."
+
+
+def _ways(cases: list[Case]) -> list[str]:
+    """A training step in every way that was timed, as a table of ways by shapes."""
+    steps = {(case["peer"], case["group"]): case["median_s"] for case in measured(cases) if case["suite"] == "step"}
+    shapes, ways = sorted({group for _, group in steps}), dict.fromkeys(way for way, _ in steps)
+    if not steps:
+        return []
+    head = ["", f"| {' | '.join(['a step of', *shapes])} |", "| --- |" + " --- |" * len(shapes)]
+    times = {way: [steps.get((way, shape)) for shape in shapes] for way in ways}
+    return head + [
+        f"| {way} | {' | '.join('' if x is None else time_text(x) for x in found)} |" for way, found in times.items()
+    ]
+
+
+def _bits(found: Results) -> list[str]:
+    repeats = found.get("checks", {}).get("repeats")
+    if not repeats:
+        return []
+    others = f"{len(repeats['differing'])} gave other bits, also of an item alone"
+    what = f"{repeats['swept']} of {repeats['configurations']} configurations of the operators"
+    return ["", f"{what} were called {repeats['repeats']:,} times under load: {others}."]
 
 
 def _target(row: Case) -> str:

@@ -19,6 +19,7 @@ class KeyValueColumns:
     Args:
         kv_BSX: float32, bfloat16 or float16, where Triton kernels run.
         precision: of the products of float32 inputs on a GPU: "tf32" or "ieee".
+    Nothing else may read the product that is handed on: its gradient is written in place.
     Determinism: that of `kernels.gqa_attention`.
     """
 
@@ -39,13 +40,14 @@ class KeyValueColumns:
             ValueError: no such columns are left, no kernel runs here, or what `gqa_attention` refuses.
         """
         start, X = self.end, self.kv_BSX.shape[-1]
-        self.end += 2 * kv_heads * q_BHTD.shape[-1]
-        if self.end > X:
-            raise ValueError(f"kv must have {self.end} columns for this and earlier attentions, got {X}")
+        end = start + 2 * kv_heads * q_BHTD.shape[-1]
+        if end > X:
+            raise ValueError(f"kv must have {end} columns for this and earlier attentions, got {X}")
         resolve("triton", q_BHTD.device)
-        _check(q_BHTD, *_columns(self.kv_BSX, start, self.end, kv_heads), log_scale_H, key_count_B, None)
+        _check(q_BHTD, *_columns(self.kv_BSX, start, end, kv_heads), log_scale_H, key_count_B, None)
         _check_options(q_BHTD, log_scale_H, "static", self._precision, 1)
-        arguments = (q_BHTD, self.kv_BSX, log_scale_H, key_count_B, start, self.end, kv_heads, self._precision)
+        self.end = end
+        arguments = (q_BHTD, self.kv_BSX, log_scale_H, key_count_B, start, end, kv_heads, self._precision)
         o_BHTD, self.kv_BSX = _Attend.apply(*arguments)
         return o_BHTD
 

@@ -38,6 +38,8 @@ def values_are_readable(tensor: torch.Tensor) -> bool:
     """Whether an operator may look at the values of `tensor` to refuse bad ones: on a GPU that would wait for it."""
     if torch.compiler.is_compiling() or tensor.is_meta:
         return False
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
     return (tensor.device.type == "cpu" and not _stands_for_gpu()) or os.environ.get("KERNELS_CHECK") == "1"
 
 

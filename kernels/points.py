@@ -70,7 +70,7 @@ def point_embedding(
             frequencies asked of the kernels, which have none.
 
     Determinism: repeats bit for bit. Triton: a point's bits do not depend on the batch, its neighbours or padding;
-        gradients are sums over fixed segments of 4,096 points.
+        gradients are sums over segments of fixed length.
     Source: Tancik et al. 2020, Fourier Features; Hendrycks and Gimpel 2016, GELU; Zhang and Sennrich 2019, RMSNorm.
     """
     points = (xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2)

@@ -159,5 +159,6 @@ def _segment(count_ptr, P, T, SEGMENT: tl.constexpr):
     end = tl.minimum(begin + SEGMENT, P)
     if count_ptr is not None:
         item = (end - 1) // T
-        end = tl.maximum(begin, tl.minimum(end, item * T + tl.load(count_ptr + item).to(tl.int32)))
+        count = tl.maximum(tl.load(count_ptr + item), 0).to(tl.int32)
+        end = tl.maximum(begin, tl.minimum(end, item * T + count))
     return begin, end

@@ -263,6 +263,7 @@ def _check_draws(x_BTC, rate, seed, step, scene_B) -> None:
     for name, counter, count in (("scene", scene_B, len(x_BTC)), ("step", step, 1)):
         if not isinstance(counter, torch.Tensor):
             continue
-        if counter.numel() != count or counter.dtype != torch.int64 or counter.device != device:
+        misshaped = counter.shape != (count,) if name == "scene" else counter.numel() != count
+        if misshaped or counter.dtype != torch.int64 or counter.device != device:
             got = f"shape {tuple(counter.shape)}, {counter.dtype} on {counter.device}"
             raise ValueError(f"{name} must be {count} of int64 on {device}, got {got}")

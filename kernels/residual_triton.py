@@ -71,7 +71,7 @@ def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 @triton.jit
 def _locate(row, rows, T, stride, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Items and rows in them, offsets into a dense and into a strided [B, T, C], and which elements are inside."""
+    """Items and rows in them, offsets into a dense and into a strided [B, T, C]."""
     row = tl.minimum(row, rows - 1)
     b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)
     offs_c = tl.arange(0, BLOCK_C)

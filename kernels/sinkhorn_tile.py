@@ -1,8 +1,8 @@
 """One Sinkhorn problem in registers: solved and differentiated by one program, as Triton device functions.
 
-Shared by `kernels.sinkhorn_small` and `kernels.matching`. A tile of N rows and M columns has four axes, so that a
-thread holds a few rows by a few columns: row = n1 * N0 + n0 and column = m1 * M0 + m0, with n1, m1 inside a thread, m0
-across the lanes of a warp, n0 across lanes and warps.
+Shared by `kernels.sinkhorn_small` and `kernels.matching_triton`. A tile of N rows and M columns has four axes, so that
+a thread holds a few rows by a few columns: row = n1 * N0 + n0 and column = m1 * M0 + m0, with n1, m1 inside a thread,
+m0 across the lanes of a warp, n0 across lanes and warps.
 
     tile [N1, M1, N0, M0],  row vector [N1, 1, N0, 1],  column vector [1, M1, 1, M0],  their bins [1, 1, 1, 1]
 

@@ -2,7 +2,7 @@
 
 Format 2 is one JSON object:
 
-    format        1
+    format        2
     recipe        the resolved recipe
     environment   device, precision, impl, threads, fingerprint (what bits may depend on; runs are compared by it),
                   and for the reader torch, triton, python, cpu capability, gpu

@@ -33,10 +33,13 @@ def decode(tasks: Iterable[Task], count: int, *, workers: int | None = None) -> 
     Yields:
         The scene of each task, or why there is none, in the order of the tasks.
     Raises:
+        ValueError: workers is less than 1.
         RuntimeError: a process ended before its rows were decoded.
         Exception: what a task raised beside RowError.
     Determinism: does not depend on `workers`.
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS) if count >= MANY else 1
     if workers == 1:

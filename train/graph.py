@@ -27,7 +27,8 @@ class StageUpdates:
             is used they must not be replaced (`load_state_dict` writes in place for the model, not for the optimizer).
         batches: the stage's rows and their order.
         stage, recipe, machine: as for `train.step.update`.
-        graph: False launches every kernel of every update; the same bits.
+        graph: False launches every kernel of every update; the same bits. Eager operators, which read values, are never
+            recorded.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class StageUpdates:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: StepResult | None = None
         # gradients remember the stream they were first computed on, and recording needs one of its own
-        self._stream = torch.cuda.Stream(machine.device) if graph and machine.device.type == "cuda" else None
+        recorded = graph and machine.device.type == "cuda" and machine.impl == "triton"
+        self._stream = torch.cuda.Stream(machine.device) if recorded else None
         self._step = torch.zeros((), dtype=torch.int64, device=machine.device)
         self._index_B = torch.zeros(stage.batch, dtype=torch.int64, device=machine.device)
 
@@ -56,6 +58,8 @@ class StageUpdates:
 
         Returns:
             Scalars on the device that the next update overwrites: read or copy them before it.
+        Raises:
+            ValueError: the update belongs to another stage.
         """
         self._index_B.copy_(self._batches.index(step))
         self._step.fill_(step)
