@@ -1,12 +1,16 @@
-"""The calls that the GPU suites repeat and time, continued: points to rows, and the seams of the residual blocks."""
+"""The calls that the GPU suites repeat and time, continued: what a step launches beside attention and matching."""
 
 import functools
-from importlib import import_module
-from importlib.util import find_spec
+import math
 
 import torch
 
 from bench.gpu_cases import OperatorCase, Tensors
+from kernels.attention_columns import KeyValueColumns
+from kernels.gelu import bias_gelu
+from kernels.points import point_embedding
+from kernels.residual import residual_norm
+from kernels.turn import turn
 
 UNITS, CHANNELS, FREQUENCIES = 1024, 256, 32
 # name of the table -> its rows and columns
@@ -49,9 +53,7 @@ def embed_points(tensors: Tensors, weights: Tensors, *, precision: str, impl: st
     """Call the operator on the inputs, with `weights` in the place of the tables and layers among them."""
     points = [tensors[name] for name in ("xyz_BT3", "class_BT", "source_BT", "behind_BT", "votes_BT2")]
     settings = {"point_count_B": tensors["point_count_B"], "precision": precision, "impl": impl}
-    return import_module("kernels.points").point_embedding(
-        *points, frequencies_F3=tensors["frequencies_F3"], **weights, **settings
-    )
+    return point_embedding(*points, frequencies_F3=tensors["frequencies_F3"], **weights, **settings)
 
 
 def _embed(tensors: Tensors, *, precision: str) -> Tensors:
@@ -79,9 +81,7 @@ def _seam(tensors: Tensors) -> Tensors:
     x_BTC, y_BTC, gain_C, bias_C = leaves = [tensors[name].detach().requires_grad_() for name in names]
     draws = {**DROPOUT, "scene_B": tensors["scene_B"]}
     dtype = y_BTC.dtype
-    seam = import_module("kernels.residual").residual_norm(
-        x_BTC, y_BTC, gain_C, bias_C=bias_C, dtype=dtype, copy=True, impl="triton", **draws
-    )
+    seam = residual_norm(x_BTC, y_BTC, gain_C, bias_C=bias_C, dtype=dtype, copy=True, impl="triton", **draws)
     upstream = [tensors["dnew_BTC"], tensors["dnormed_BTC"]]
     gradients = torch.autograd.grad([seam.new_BTC, seam.normed_BTC], leaves, upstream)
     found = {name: x.detach() for name, x in seam._asdict().items()}
@@ -90,40 +90,71 @@ def _seam(tensors: Tensors) -> Tensors:
 
 def _gelu(tensors: Tensors) -> Tensors:
     y_BTC, bias_C = (tensors[name].detach().requires_grad_() for name in ("y_BTC", "bias_C"))
-    out_BTC = import_module("kernels.gelu").bias_gelu(y_BTC, bias_C, impl="triton")
+    out_BTC = bias_gelu(y_BTC, bias_C, impl="triton")
     dy_BTC, dbias_C = torch.autograd.grad(out_BTC, [y_BTC, bias_C], tensors["dnormed_BTC"])
     return {"out_BTC": out_BTC.detach(), "dy_BTC": dy_BTC, "dbias_C": dbias_C}
 
 
-def layer_cases() -> list[OperatorCase]:
-    """The configurations of those of the operators that this checkout has."""
-    # operator -> (module, configurations: name -> inputs, call, whether training launches it)
-    table = {
-        "point_embedding": (
-            "kernels.points",
-            {
-                f"2048 {precision}": (point_inputs, functools.partial(_embed, precision=precision), precision == "bf16")
-                for precision in ("bf16", "tf32", "ieee")
-            },
-        ),
-        "residual_norm": (
-            "kernels.residual",
-            {
-                "256x256 bf16": (seam_inputs, _seam, True),
-                "256x256 fp32": (functools.partial(seam_inputs, dtype=torch.float32), _seam, False),
-            },
-        ),
-        "bias_gelu": (
-            "kernels.gelu",
-            {
-                "256x1024 bf16": (functools.partial(seam_inputs, C=UNITS), _gelu, True),
-                "256x1024 fp32": (functools.partial(seam_inputs, C=UNITS, dtype=torch.float32), _gelu, False),
-            },
-        ),
+def column_inputs(items: int, device: torch.device, *, T: int = 256, S: int = 2048) -> Tensors:
+    """Queries of two attentions, the product with the keys and values of both, and upstream gradients; bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    heads, kv_heads, width = 4, 2, 64
+    tensors = {
+        name: torch.randn(items, heads, T, width, generator=generator).bfloat16()
+        for name in ("first_BHTD", "second_BHTD", "dfirst_BHTD", "dsecond_BHTD")
     }
+    tensors["kv_BSX"] = torch.randn(items, S, 4 * kv_heads * width, generator=generator).bfloat16()
+    tensors["count_B"] = S * 3 // 4 + torch.randint(S - S * 3 // 4 + 1, (items,), generator=generator)
+    tensors["log_scale_H"] = torch.full((heads,), math.log(width) / 2)
+    return {name: x.to(device) for name, x in tensors.items()}
+
+
+def _attend_columns(tensors: Tensors) -> Tensors:
+    names = ("first_BHTD", "second_BHTD", "kv_BSX", "log_scale_H")
+    first_BHTD, second_BHTD, kv_BSX, log_scale_H = leaves = [tensors[n].detach().requires_grad_() for n in names]
+    columns = KeyValueColumns(kv_BSX)
+    settings = {"kv_heads": 2, "key_count_B": tensors["count_B"]}
+    outputs = [columns.attend(q_BHTD, log_scale_H, **settings) for q_BHTD in (first_BHTD, second_BHTD)]
+    gradients = torch.autograd.grad(outputs, leaves, [tensors["dfirst_BHTD"], tensors["dsecond_BHTD"]])
+    found = {f"o{i}_BHTD": o_BHTD.detach() for i, o_BHTD in enumerate(outputs)}
+    return {**found, **{f"d{name}": gradient for name, gradient in zip(names, gradients, strict=True)}}
+
+
+def turn_inputs(items: int, device: torch.device) -> Tensors:
+    """Points, segments and scenes."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "xyz_BT3": torch.randn(items, 2048, 3, generator=generator),
+        "gt_BM23": torch.randn(items, 64, 2, 3, generator=generator),
+        "scene_B": torch.randint(1 << 32, (items,), generator=generator),
+    }
+    return {name: x.to(device) for name, x in tensors.items()}
+
+
+def _turn(tensors: Tensors) -> Tensors:
+    xyz_BT3, gt_BM23 = turn(
+        tensors["xyz_BT3"], tensors["gt_BM23"], tensors["scene_B"], seed=DROPOUT["seed"], step=7, impl="triton"
+    )
+    return {"xyz_BT3": xyz_BT3, "gt_BM23": gt_BM23}
+
+
+def layer_cases() -> list[OperatorCase]:
+    """The configurations of these operators."""
+    single = {"dtype": torch.float32}
+    # operator, name, inputs, call, whether training launches it
+    table = [
+        *(
+            ("point_embedding", f"2048 {kind}", point_inputs, functools.partial(_embed, precision=kind), kind == "bf16")
+            for kind in ("bf16", "tf32", "ieee")
+        ),
+        ("residual_norm", "256x256 bf16", seam_inputs, _seam, True),
+        ("residual_norm", "256x256 fp32", functools.partial(seam_inputs, **single), _seam, False),
+        ("bias_gelu", "256x1024 bf16", functools.partial(seam_inputs, C=UNITS), _gelu, True),
+        ("bias_gelu", "256x1024 fp32", functools.partial(seam_inputs, C=UNITS, **single), _gelu, False),
+        ("attention columns", "2 x 256x2048 bf16", column_inputs, _attend_columns, True),
+        ("turn", "2048 fp32", turn_inputs, _turn, True),
+    ]
     return [
         OperatorCase(operator=operator, name=name, make=make, solve=solve, trained=trained)
-        for operator, (module, configurations) in table.items()
-        if find_spec(module)
-        for name, (make, solve, trained) in configurations.items()
+        for operator, name, make, solve, trained in table
     ]
