@@ -34,8 +34,14 @@ class KeyValueColumns:
         kv_heads: int,
         key_count_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return `gqa_attention` of q and the next 2 kv_heads D columns.
+        """Attend to the keys and values in the next 2 kv_heads D columns.
 
+        Args:
+            q_BHTD: queries of the product's dtype.
+            log_scale_H, key_count_B: as for `kernels.gqa_attention`.
+            kv_heads: key and value heads; H is a multiple.
+        Returns:
+            o_BHTD, as `kernels.gqa_attention` of q and these keys and values.
         Raises:
             ValueError: no such columns are left, no kernel runs here, or what `gqa_attention` refuses.
         """

@@ -26,7 +26,8 @@ def bias_gelu(x_BTC: torch.Tensor, bias_C: torch.Tensor, *, impl: str = "auto") 
         x_BTC: float32, bfloat16 or float16 (float64 where the eager form runs), any strides.
         bias_C: one number per channel.
         impl: "auto", "eager" or "triton", see `kernels.dispatch`.
-
+    Returns:
+        Of the shape and dtype of x.
     Raises:
         ValueError: a shape, dtype, device or option outside of the above.
 

@@ -44,6 +44,8 @@ def turn(
         seed: in [0, 2^64).
         step: an int, or an int64 tensor of one element.
         impl: "auto", "eager" or "triton", see `kernels.dispatch`.
+    Returns:
+        Tensors of the shapes and dtypes of xyz and gt.
     Raises:
         ValueError: a shape, dtype, device or option outside of the above; a gradient asked of the kernel.
     Determinism: a scene's bits depend on it, the seed and the step. The forms draw the same words; the kernel's sines

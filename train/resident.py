@@ -96,7 +96,8 @@ def keep_rows(
 
 def to_device(rows: SceneBatch, device: torch.device, *, title: str = "", progress: bool = False) -> SceneBatch:
     """Return rows on a device, copied a few thousand rows at a time; rows that are there are returned as they are."""
-    if rows.scene_B.device.type == device.type:
+    here = rows.scene_B.device
+    if here.type == device.type and device.index in (None, here.index):
         return rows
     columns = {name: getattr(rows, name) for name in _COLUMNS}
     with _bar(title, sum(x.nbytes for x in columns.values()), "B", progress) as bar:
