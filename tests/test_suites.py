@@ -18,7 +18,9 @@ PLANTED = Path(__file__).parent / "planted_cases.py"
 def run_planted(lines: Path, **environment: str) -> subprocess.CompletedProcess:
     """Run the planted cases in a process of their own, as `python -m bench` runs a suite."""
     code = f"import sys; from bench.__main__ import run_suite as run; sys.exit(run({str(PLANTED)!r}, {str(lines)!r}))"
-    environment = os.environ | {"PYTEST_ADDOPTS": "-p bench.conftest"} | environment
+    # a worker of xdist says so to its children, and pytest-benchmark then times nothing
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = inherited | {"PYTEST_ADDOPTS": "-p bench.conftest"} | environment
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
 
 
