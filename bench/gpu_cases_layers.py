@@ -83,6 +83,7 @@ def _seam(tensors: Tensors) -> Tensors:
     dtype = y_BTC.dtype
     seam = residual_norm(x_BTC, y_BTC, gain_C, bias_C=bias_C, dtype=dtype, copy=True, impl="triton", **draws)
     upstream = [tensors["dnew_BTC"], tensors["dnormed_BTC"]]
+    assert seam.normed_BTC is not None
     gradients = torch.autograd.grad([seam.new_BTC, seam.normed_BTC], leaves, upstream)
     found = {name: x.detach() for name, x in seam._asdict().items()}
     return {**found, **{f"d{name}": gradient for name, gradient in zip(names, gradients, strict=True)}}
