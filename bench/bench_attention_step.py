@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from bench.peers import OURS, Peer, by_name
+from bench.stirred import stirred_model
 from kernels.attention import gqa_attention
-from kernels.philox import named_normal
 from perceiver import blocks
 from perceiver.model import Perceiver
 from perceiver.scene import SceneBatch, stack_scenes
@@ -43,15 +43,6 @@ ATTENTIONS = by_name(dataclasses.replace(OURS, solve=gqa_attention), Peer(name="
 
 
 @torch.no_grad()
-def _stirred_model(recipe: Recipe) -> Perceiver:
-    """The model moved off its start, where attention adds nothing to the stream."""
-    model = Perceiver(recipe.model, seed=recipe.seed)
-    for name, parameter in model.named_parameters():
-        parameter += 0.02 * named_normal(f"stir {name}", tuple(parameter.shape), seed=1)
-    return model
-
-
-@torch.no_grad()
 def _loss(model: Perceiver, batch: SceneBatch, recipe: Recipe, machine: Machine, stage: StageConfig) -> torch.Tensor:
     weight = stage.endpoint_weight
     return predict_and_compare(model, batch, recipe, machine, endpoint_weight=weight)[1].total.reshape(1)
@@ -65,9 +56,9 @@ def bench_attention_step(measure, monkeypatch, peer, precision):
     batch = stack_scenes(generate_scenes(SCENES, seed=0, points=POINTS, setting="easy"))
     exact = SceneBatch(**{name: x.double() if x.is_floating_point() else x for name, x in vars(batch).items()})
     machine = enter(threads=recipe.threads, precision="fp32", impl="eager", device="cpu")
-    truth = _loss(_stirred_model(recipe).double(), exact, recipe, machine, stage)
+    truth = _loss(stirred_model(recipe).double(), exact, recipe, machine, stage)
 
-    machine, model = dataclasses.replace(machine, precision=precision), _stirred_model(recipe)
+    machine, model = dataclasses.replace(machine, precision=precision), stirred_model(recipe)
     monkeypatch.setattr(blocks, "gqa_attention", ATTENTIONS[peer].solve)
     optimizer, steps = build_optimizer(model, recipe.optim), iter(range(1, 1_000_000))
     measure(

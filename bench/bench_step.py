@@ -11,8 +11,7 @@ import torch
 
 from bench.measure import ON_GPU
 from bench.peers import OURS, Peer, by_name
-from kernels.philox import named_normal
-from perceiver.model import Perceiver
+from bench.stirred import stirred_model
 from perceiver.scene import SceneBatch, stack_scenes
 from train.config import Recipe, load_recipe
 from train.determinism import enter
@@ -32,18 +31,9 @@ PEERS = by_name(OURS, *([Peer(name="eager operators", solve=update)] if ON_GPU e
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 
 
-@torch.no_grad()
-def _stirred_model(recipe: Recipe) -> Perceiver:
-    """The model moved off its start, where the residual branches are 0 and their arithmetic would not show."""
-    model = Perceiver(recipe.model, seed=recipe.seed)
-    for name, parameter in model.named_parameters():
-        parameter += 0.02 * named_normal(f"stir {name}", tuple(parameter.shape), seed=1)
-    return model
-
-
 def _float64_loss(recipe: Recipe, batch: SceneBatch, endpoint_weight: float) -> float:
     machine = enter(threads=recipe.threads, precision="fp32", impl="eager", device="cpu")
-    model = _stirred_model(recipe).double()
+    model = stirred_model(recipe).double()
     exact = {name: x.double() if x.is_floating_point() else x for name, x in vars(batch).items()}
     with torch.no_grad():
         loss = predict_and_compare(model, SceneBatch(**exact), recipe, machine, endpoint_weight=endpoint_weight)[1]
@@ -59,7 +49,7 @@ def bench_step(measure, case, peer):
     batch = stack_scenes(generate_scenes(scenes, seed=0, points=points, setting="easy"))
     truth = _float64_loss(recipe, batch, stage.endpoint_weight)
     machine = enter(threads=recipe.threads, precision=precision, impl="auto" if peer == OURS.name else "eager")
-    model = _stirred_model(recipe).to(machine.device)
+    model = stirred_model(recipe).to(machine.device)
     optimizer = build_optimizer(model, recipe.optim)
     rows = batch.to(machine.device)
     steps = iter(range(1, 1_000_000))

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.gpu_clock import significant
 from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note, side_by_side
 from bench.gpu_step_peers import PlainPerceiver, plain_loss
-from kernels.philox import named_normal
+from bench.stirred import stirred_model
 from perceiver.model import Perceiver
 from perceiver.scene import SceneBatch
 from train.augment import augment
@@ -70,10 +70,7 @@ def setting(shape: tuple[int, int], machine: Machine, recipe: Recipe | None = No
         recipe.stages[-1], data=uri, until=1_000_000, batch=scenes, lr=1e-4, warmup=0, cooldown_steps=0
     )
     recipe = dataclasses.replace(recipe, stages=(stage,))
-    model = Perceiver(recipe.model, seed=recipe.seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter += 0.02 * named_normal(f"stir {name}", tuple(parameter.shape), seed=1)
+    model = stirred_model(recipe)
     batches = StageBatches(recipe, 1, stage_data(recipe, 1), machine.device)
     return Setting(recipe=recipe, stage=stage, batches=batches, model=model.to(machine.device))
 

@@ -18,12 +18,10 @@ class Target:
     """One promise.
 
     Args:
-        section: of the kernels' design.
         measure: the measured value from the parts' results; None where they do not have it.
         least: the value must be at least the target, otherwise at most.
     """
 
-    section: int
     name: str
     unit: str
     target: float
@@ -99,47 +97,47 @@ def _differing(repeats: Mapping[str, Any]) -> float:
 _MATCH, _BOTH = "match_segments, 64x64, detached", "forward and backward"
 _CROSS = {"32 x 2048": "attention, cross 256x2048", "64 x 4096": "attention, cross 256x4096"}
 TARGETS = (
-    Target(section=1, name="tests that fail", unit="", target=0, measure=counted("tests", _failed)),
-    Target(section=1, name="configurations whose bits move", unit="", target=0, measure=counted("repeats", _differing)),
+    Target(name="tests that fail", unit="", target=0, measure=counted("tests", _failed)),
+    Target(name="configurations whose bits move", unit="", target=0, measure=counted("repeats", _differing)),
     Target(
-        section=3, name=f"match_segments, B = 64, {_BOTH}", unit="us", target=25,
+        name=f"match_segments, B = 64, {_BOTH}", unit="us", target=25,
         measure=scaled(seconds("matching", f"{_MATCH}, {_BOTH}"), 1e6),
     ),
     Target(
-        section=3, name="match_segments: eager log domain takes, wall time", unit="x", target=40, least=True,
+        name="match_segments: eager log domain takes, wall time", unit="x", target=40, least=True,
         measure=times_faster("matching", f"{_MATCH}, {_BOTH}", "log domain", "wall_median_s"),
     ),
     Target(
-        section=3, name="match_segments: torch.compile takes, wall time", unit="x", target=10, least=True,
+        name="match_segments: torch.compile takes, wall time", unit="x", target=10, least=True,
         measure=times_faster("matching", f"{_MATCH}, {_BOTH}", "log domain, torch.compile", "wall_median_s"),
     ),
     Target(
-        section=4, name=f"cross-attention, 32 x 2048, {_BOTH}", unit="ms", target=0.35,
+        name=f"cross-attention, 32 x 2048, {_BOTH}", unit="ms", target=0.35,
         measure=scaled(seconds("attention", f"{_CROSS['32 x 2048']}, {_BOTH}"), 1e3),
     ),
     Target(
-        section=4, name=f"cross-attention, 64 x 4096, {_BOTH}", unit="ms", target=1.2,
+        name=f"cross-attention, 64 x 4096, {_BOTH}", unit="ms", target=1.2,
         measure=scaled(seconds("attention", f"{_CROSS['64 x 4096']}, {_BOTH}"), 1e3),
     ),
     *(
         Target(
-            section=4, name=f"{group}, {_BOTH}: the fastest peer timed takes", unit="x", target=1, least=True,
+            name=f"{group}, {_BOTH}: the fastest peer timed takes", unit="x", target=1, least=True,
             measure=times_faster("attention", f"{group}, {_BOTH}", None),
         )
         for group in (*_CROSS.values(), "attention, self 256x256", "attention, decoder 64x256")
     ),
     Target(
-        section=5, name="training step, 32 x 2048", unit="ms", target=4,
+        name="training step, 32 x 2048", unit="ms", target=4,
         measure=scaled(seconds("step", "training step, 32 x 2048"), 1e3),
     ),
     Target(
-        section=5, name="training step, 64 x 4096", unit="ms", target=8.5,
+        name="training step, 64 x 4096", unit="ms", target=8.5,
         measure=scaled(seconds("step", "training step, 64 x 4096"), 1e3),
     ),
-    Target(section=5, name="170,000 steps of the recipe at these times", unit="min", target=15, measure=recipe_minutes),
+    Target(name="170,000 steps of the recipe at these times", unit="min", target=15, measure=recipe_minutes),
     *(
         Target(
-            section=5, name=f"training step, {name}: torch.compile takes", unit="x", target=3, least=True,
+            name=f"training step, {name}: torch.compile takes", unit="x", target=3, least=True,
             measure=times_faster("step", f"training step, {name}", "torch.compile"),
         )
         for name in RECIPE_STEPS
