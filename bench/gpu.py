@@ -3,6 +3,9 @@
 Needs torch, triton, numpy and pytest, no network. Every part is a process with a time bound of its own and writes what
 it finds as it finds it, so that a part that fails or is cut loses nothing else: DIR/<part>.json, and DIR/<device>.json
 with the machine, all timed rows and the table of targets.
+
+First what is checked and not timed, side by side: tests, bitwise repeats, two short trainings; meanwhile the other
+parts compile and check what they will time. Then these get the machine one after the other, each for itself.
 """
 
 import argparse
@@ -22,14 +25,20 @@ from bench.results import default_name, installed_versions, merge
 
 # a part is told to end so long before it is made to
 _MARGIN_S = 5.0
+# for everything that is not timed
+PREPARE_S = 330.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of the suite: what it runs (`--out FILE --seconds N` are added), for how long, and whether unasked."""
+    """A part of the suite: what it runs, and if it times something, for how many seconds it has the machine for itself.
+
+    `--out FILE --seconds N` are added, for a part that times something also `--prepare N`. Not `unasked`: runs only if
+    it is named.
+    """
 
     command: tuple[str, ...]
-    seconds: float
+    alone_s: float = 0.0
     unasked: bool = True
 
 
@@ -37,54 +46,54 @@ def _module(*names: str) -> tuple[str, ...]:
     return (sys.executable, "-m", *names)
 
 
-# in the order in which they run
+# in the order in which they have their turns
 PARTS = {
-    "tests": Part(command=_module("bench.gpu_tests"), seconds=130),
-    "repeats": Part(command=_module("bench.gpu_repeats"), seconds=95),
-    "attention": Part(command=_module("bench.gpu_speed", "attention"), seconds=80),
-    "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn"), seconds=30),
-    "matching": Part(command=_module("bench.gpu_speed", "matching"), seconds=40),
-    "points": Part(command=_module("bench.gpu_speed", "points"), seconds=40),
-    "step": Part(command=_module("bench.gpu_step"), seconds=125),
-    "tiles": Part(command=_module("bench.gpu_tiles"), seconds=240, unasked=False),
-    "train": Part(command=_module("bench.gpu_train"), seconds=240, unasked=False),
+    "tests": Part(command=_module("bench.gpu_tests")),
+    "repeats": Part(command=_module("bench.gpu_repeats")),
+    "train": Part(command=_module("bench.gpu_train")),
+    "step": Part(command=_module("bench.gpu_step"), alone_s=70),
+    "matching": Part(command=_module("bench.gpu_speed", "matching"), alone_s=25),
+    "attention": Part(command=_module("bench.gpu_speed", "attention"), alone_s=60),
+    "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn"), alone_s=30),
+    "points": Part(command=_module("bench.gpu_speed", "points"), alone_s=20),
+    "tiles": Part(command=_module("bench.gpu_tiles"), alone_s=240, unasked=False),
 }
 
 
 def run_parts(parts: Mapping[str, Part], out: Path, name: str, machine: Mapping[str, Any], scale: float = 1.0) -> int:
-    """Run parts one after the other; what one does not use of its time, the next may.
+    """Run parts: all side by side until those that time something are prepared, then these one after the other.
 
     Returns:
         How many of them were not green.
     """
-    saved, red = 0.0, 0
+    started, prepare, red = time.monotonic(), PREPARE_S * scale, 0
     summary = Sheet(out / f"{name}.json", **merge(None, [], machine), parts={}, targets=[])
-    for part_name, part in parts.items():
-        started, bound = time.monotonic(), part.seconds * scale + saved
-        file = out / f"{part_name}.json"
-        file.unlink(missing_ok=True)
-        told = ["--out", str(file), "--seconds", f"{max(bound - _MARGIN_S, bound / 2):.1f}"]
-        ended = _run([*part.command, *told], bound)
-        used = time.monotonic() - started
-        saved = max(bound - used, 0.0)
-        red += ended.code != 0
-        how = {0: "green", None: "cut by the clock"}.get(ended.code, f"exit {ended.code}")
-        print(f"{part_name}: {how} after {used:.0f} s. {ended.tail.rpartition(chr(10))[2][:200]}", flush=True)
-        if ended.code not in (0, 1):
-            print("\n".join(f"    {line[:160]}" for line in ended.tail.splitlines()[-6:]), flush=True)
-        summary.content["parts"][part_name] = {"ended": how, "seconds": round(used, 1)}
-        _gather(summary, out, machine)
+    alone = sum(part.alone_s for part in parts.values()) * scale
+    with Workers(seconds=alone, prepare=prepare, at_once=len(parts)) as workers:
+        for part_name, part in parts.items():
+            (file := out / f"{part_name}.json").unlink(missing_ok=True)
+            seconds = part.alone_s * scale or prepare
+            told = ["--out", str(file), "--seconds", _told(seconds)]
+            if part.alone_s:
+                told += ["--prepare", _told(prepare)]
+            workers.start(part_name, [*part.command, *told], turn_s=seconds)
+        for part_name, ended in workers:
+            if not isinstance(ended, Ended):
+                continue
+            red += ended.code != 0
+            how = {0: "green", None: "cut by the clock"}.get(ended.code, f"exit {ended.code}")
+            after = round(time.monotonic() - started, 1)
+            print(f"{part_name}: {how} at {after:.0f} s. {ended.tail.rpartition(chr(10))[2][:200]}", flush=True)
+            if ended.code not in (0, 1):
+                print("\n".join(f"    {line[:160]}" for line in ended.tail.splitlines()[-6:]), flush=True)
+            summary.content["parts"][part_name] = {"ended": how, "seconds": after}
+            _gather(summary, out, machine)
     print(format_table(summary.content["targets"]))
     return red
 
 
-def _run(command: Sequence[str], seconds: float) -> Ended:
-    with Workers(seconds=seconds, at_once=1) as workers:
-        workers.start("part", command)
-        for _, heard in workers:
-            if isinstance(heard, Ended):
-                return heard
-    return Ended(code=None, tail="")
+def _told(seconds: float) -> str:
+    return f"{max(seconds - _MARGIN_S, seconds / 2):.1f}"
 
 
 def _gather(summary: Sheet, out: Path, machine: Mapping[str, Any]) -> None:
@@ -95,7 +104,7 @@ def _gather(summary: Sheet, out: Path, machine: Mapping[str, Any]) -> None:
     content["checks"] = {
         "tests": results.get("tests", {}).get("counts"),
         "repeats": _repeats_in_short(results.get("repeats")),
-        "train": results.get("train", {}).get("same_bits"),
+        "train": _train_in_short(results.get("train")),
     }
     content["targets"] = compare(results)
     summary.write()
@@ -116,12 +125,21 @@ def _repeats_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
+def _train_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if not found or not found["runs"]:
+        return None
+    first = found["runs"][0]
+    return {"steps_each_stage": found["steps"], "same_bits": found["same_bits"]} | {
+        key: first[key] for key in ("weights", "dev_scores", "loss")
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts; 0 if all were green, 1 if not, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (runs/gpu)")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--seconds", type=float, help="time for all parts together; each part's share scales")
+    parser.add_argument("--seconds", type=float, help="time for everything; each share scales")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
@@ -129,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     parts = {name: part for name, part in PARTS.items() if (name in options.only if options.only else part.unasked)}
-    total = sum(part.seconds for part in parts.values())
+    total = PREPARE_S + sum(part.alone_s for part in parts.values())
     scale = options.seconds / total if options.seconds else 1.0
     red = run_parts(parts, options.out, default_name(), installed_versions(), scale)
     print(f"results in {options.out}")

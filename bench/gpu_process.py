@@ -4,6 +4,7 @@ the rest; and the JSON files into which their parents put it, whole at every mom
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-# names the file to which a worker appends its lines
-LINES = "RIDGELINE_LINES"
+# names the file to which a worker appends its lines, and the one whose appearance is its turn
+LINES, TURN = "RIDGELINE_LINES", "RIDGELINE_TURN"
+_HELD = {"held": True}
 _TAIL_BYTES, _GRACE_S, _POLL_S = 2000, 5.0, 0.1
 
 Line = dict[str, Any]
@@ -36,7 +38,10 @@ class _Worker:
     process: subprocess.Popen
     lines: IO[str]
     output: Path
+    turn: Path
+    turn_s: float
     rest: str = field(default="")
+    held: bool = False
 
 
 class Workers:
@@ -46,17 +51,25 @@ class Workers:
             workers.start("one", [sys.executable, "-m", "bench.something"])
             for name, heard in workers:          # a line that `note` wrote, or at last an Ended
 
+    A worker that times something first prepares it, side by side with the others, and then calls `wait_for_turn`. When
+    all that run wait so, they get their turns one after the other, in the order of their start, each alone.
+
     Args:
-        seconds: for all of them together.
+        seconds: for all of them together; of those that wait for their turn, from the first turn on.
         at_once: how many run at the same time; the others wait. More may be started while they are heard.
+        prepare: what neither waits for its turn nor has ended after so many seconds is cut.
     """
 
-    def __init__(self, *, seconds: float, at_once: int):
-        self._deadline, self._at_once = time.monotonic() + seconds, at_once
-        self._waiting: list[tuple[str, Sequence[str], Mapping[str, str]]] = []
+    def __init__(self, *, seconds: float, at_once: int, prepare: float = math.inf):
+        self._seconds, self._at_once = seconds, at_once
+        self._prepared_by = time.monotonic() + prepare
+        self._deadline = time.monotonic() + seconds + (prepare if prepare < math.inf else 0)
+        self._waiting: list[tuple[str, Sequence[str], Mapping[str, str], float]] = []
         self._running: dict[str, _Worker] = {}
         self._scratch = tempfile.TemporaryDirectory()
         self._started = 0
+        # whose turn it is and when it ends, once turns are given
+        self._turn: tuple[str, float] | None = None
 
     def __enter__(self) -> "Workers":
         return self
@@ -68,9 +81,16 @@ class Workers:
         self._running.clear()
         self._scratch.cleanup()
 
-    def start(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-        """Queue a command; `environment` is added to this process's."""
-        self._waiting.append((name, command, environment or {}))
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        turn_s: float = math.inf,
+    ) -> None:
+        """Queue a command; `environment` is added to this process's, `turn_s` bounds its turn."""
+        self._waiting.append((name, command, environment or {}, turn_s))
 
     def left(self) -> float:
         """Seconds until the time is up."""
@@ -78,34 +98,73 @@ class Workers:
 
     def __iter__(self) -> Iterator[tuple[str, Line | Ended]]:
         while self._waiting or self._running:
-            while self._waiting and len(self._running) < self._at_once and self.left() > 0:
-                self._spawn(*self._waiting.pop(0))
-            # ended before its lines are read: nothing is written after
-            ended = {name: worker.process.poll() for name, worker in self._running.items()}
-            for name, code in ended.items():
-                yield from ((name, line) for line in _new_lines(self._running[name]))
-                if code is not None:
-                    yield name, self._end(name, code)
+            self._start_waiting()
+            yield from self._hear()
+            yield from self._give_turns()
             if self.left() <= 0:
-                yield from self._cut()
+                yield from self._cut(list(self._running))
                 return
             time.sleep(_POLL_S)
 
-    def _spawn(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def _start_waiting(self) -> None:
+        busy = sum(not worker.held for worker in self._running.values())
+        while self._waiting and busy < self._at_once and self.left() > 0:
+            self._spawn(*self._waiting.pop(0))
+            busy += 1
+
+    def _spawn(self, name: str, command: Sequence[str], environment: Mapping[str, str], turn_s: float) -> None:
         self._started += 1
         base = Path(self._scratch.name) / str(self._started)
-        lines, output = base.with_suffix(".lines"), base.with_suffix(".out")
+        lines, output, turn = (base.with_suffix(suffix) for suffix in (".lines", ".out", ".turn"))
         lines.touch()
         with output.open("wb") as file:
             process = subprocess.Popen(
                 command,
-                env={**os.environ, **environment, LINES: str(lines)},
+                env={**os.environ, **environment, LINES: str(lines), TURN: str(turn)},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._running[name] = _Worker(process=process, lines=lines.open(), output=output)
+        self._running[name] = _Worker(process=process, lines=lines.open(), output=output, turn=turn, turn_s=turn_s)
+
+    def _hear(self) -> Iterator[tuple[str, Line | Ended]]:
+        # ended before its lines are read: nothing is written after
+        ended = {name: worker.process.poll() for name, worker in self._running.items()}
+        for name, code in ended.items():
+            yield from self._lines_of(name)
+            if code is not None:
+                yield name, self._end(name, code)
+
+    def _lines_of(self, name: str) -> Iterator[tuple[str, Line]]:
+        worker = self._running[name]
+        for line in _new_lines(worker):
+            if line == _HELD:
+                worker.held = True
+            else:
+                yield name, line
+
+    def _give_turns(self) -> Iterator[tuple[str, Line | Ended]]:
+        """Give the next worker its turn, if all are prepared and nobody has it."""
+        held = [name for name, worker in self._running.items() if worker.held]
+        if self._turn is None:
+            preparing = [name for name in self._running if name not in held]
+            if time.monotonic() < self._prepared_by and (preparing or self._waiting or not held):
+                return
+            yield from self._cut(preparing)
+            if not held:
+                return
+            wait_for_turn()
+            self._deadline = time.monotonic() + self._seconds
+        elif self._turn[0] in self._running:
+            if time.monotonic() < self._turn[1]:
+                return
+            yield from self._cut([self._turn[0]])
+            held.remove(self._turn[0])
+        if held:
+            worker = self._running[held[0]]
+            self._turn = held[0], time.monotonic() + worker.turn_s
+            worker.turn.touch()
 
     def _end(self, name: str, code: int | None) -> Ended:
         worker = self._running.pop(name)
@@ -113,19 +172,31 @@ class Workers:
         worker.lines.close()
         return Ended(code=code, tail=worker.output.read_bytes()[-_TAIL_BYTES:].decode("utf-8", "replace").strip())
 
-    def _cut(self) -> Iterator[tuple[str, Line | Ended]]:
-        for worker in self._running.values():
-            _signal(worker.process, signal.SIGTERM)
-        for name in list(self._running):
-            worker = self._running[name]
+    def _cut(self, names: Sequence[str]) -> Iterator[tuple[str, Line | Ended]]:
+        """End workers that run, and give up those that have not been started."""
+        for name in names:
+            _signal(self._running[name].process, signal.SIGTERM)
+        for name in names:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(_GRACE_S)
-            _kill(worker.process)
-            yield from ((name, line) for line in _new_lines(worker))
+                self._running[name].process.wait(_GRACE_S)
+            _kill(self._running[name].process)
+            yield from self._lines_of(name)
             yield name, self._end(name, None)
-        for name, _, _ in self._waiting:
+        for name, *_ in self._waiting:
             yield name, Ended(code=None, tail="there was no time to start it")
         self._waiting.clear()
+
+
+def wait_for_turn() -> None:
+    """Say that all is prepared and wait until it is this process's turn; at once where nobody gives turns."""
+    if TURN not in os.environ:
+        return
+    note(**_HELD)
+    parent = os.getppid()
+    while not Path(os.environ[TURN]).exists():
+        if os.getppid() != parent:
+            sys.exit(f"{sys.argv[0]}: who gives the turns is gone")
+        time.sleep(_POLL_S)
 
 
 def note(**line: Any) -> None:

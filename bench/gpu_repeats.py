@@ -25,7 +25,7 @@ from train.determinism import CUBLAS_WORKSPACE
 from train.trace import digest
 
 HASH_SEEDS = ("0", "1", "4242")
-_WORKERS = 8
+_WORKERS = 6
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -1,12 +1,14 @@
 """A training step of the published model on the GPU: ours as a graph and launch by launch, and PyTorch's ways to it.
 
-Each way has a process and a time bound of its own, and shows the loss of float64 before it is timed. Rows are generated
-roofs; a step is augmentation, forward, loss, backward, clipping and AdamW in bf16.
+Each way has a process of its own for each shape, and shows the loss of float64 before it is timed. All are prepared
+side by side and timed one after the other, alone. Rows are generated roofs; a step is augmentation, forward, loss,
+backward, clipping and AdamW in bf16.
 """
 
 import argparse
 import dataclasses
 import itertools
+import os
 import statistics
 import sys
 import time
@@ -20,7 +22,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.gpu_clock import significant
-from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note, side_by_side
+from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note, wait_for_turn
+from bench.gpu_rows import OURS
+from bench.gpu_speed import COMPILER
 from bench.gpu_step_peers import PlainPerceiver, plain_loss
 from bench.stirred import stirred_model
 from perceiver.model import Perceiver
@@ -36,19 +40,19 @@ from train.step import predict_and_compare
 SHAPES = {"32 x 2048": (32, 2048), "64 x 4096": (64, 4096)}
 # rows whose loss is compared with float64, and the relative error that bf16 may show
 CHECKED_ROWS, TOLERANCE = 8, 3e-2
-WARM_UP, ROUNDS, PROFILED, KERNELS = 8, 20, 3, 40
-# share of the time left after the ways that are not compiled that compiling may take
-AHEAD = 0.55
-# way -> share of the time it may take at most
-WAYS: dict[str, float] = {
-    "ridgeline": 0.4,
-    "ridgeline, launch by launch": 0.3,
-    "eager": 0.3,
-    "eager, deterministic": 0.3,
-    "torch.compile": 0.7,
-    "torch.compile, max-autotune": 0.7,
-    "torch.compile, deterministic": 0.7,
-}
+WARM_UP, SETTLE, ROUNDS, PROFILED, KERNELS = 8, 5, 20, 3, 40
+_PROCESSES = 14
+# of the time that one way at one shape may take when it is its turn
+SHARE = 0.2
+WAYS = (
+    OURS,
+    f"{OURS}, launch by launch",
+    "eager",
+    "eager, deterministic",
+    "torch.compile",
+    "torch.compile, max-autotune",
+    "torch.compile, deterministic",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,7 @@ def setting(shape: tuple[int, int], machine: Machine, recipe: Recipe | None = No
     """Build the published model off its start, where residual branches are 0, and rows for it."""
     scenes, points = shape
     recipe = recipe or load_recipe("s23dr")
-    uri = f"roofs:real?points={points}&scenes={8 * scenes}"
+    uri = f"roofs:real?points={points}&scenes={2 * scenes}"
     stage = dataclasses.replace(
         recipe.stages[-1], data=uri, until=1_000_000, batch=scenes, lr=1e-4, warmup=0, cooldown_steps=0
     )
@@ -148,9 +152,9 @@ def plain_way(
 def build_way(way: str, shape: tuple[int, int], recipe: Recipe | None = None):
     """Put the process into the way's state and return the setting, its machine, one step and its loss."""
     machine = enter(threads=2, precision="bf16", impl="auto")
-    if way.startswith("ridgeline"):
+    if way.startswith(OURS):
         at = setting(shape, machine, recipe)
-        return at, machine, *our_way(at, machine, graph=way == "ridgeline")
+        return at, machine, *our_way(at, machine, graph=way == OURS)
     deterministic = way.endswith("deterministic")
     if not deterministic:
         torch.use_deterministic_algorithms(False)
@@ -165,46 +169,50 @@ def build_way(way: str, shape: tuple[int, int], recipe: Recipe | None = None):
     return at, machine, *plain_way(at, machine, compiled=options, deterministic=deterministic)
 
 
-def time_steps(one_step: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Time whole steps, one after the other as in training; the first ones load and compile."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        # from the first call on: what a replay of a graph uses belongs to the graph and does not count as allocated
-        torch.cuda.reset_peak_memory_stats()
+def warm_up(one_step: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Make the first steps, which load, compile and record; return how long the first one took."""
     started = time.perf_counter()
     one_step()
-    if on_gpu:
-        torch.cuda.synchronize()
+    _finish(device)
     first_call_s = time.perf_counter() - started
     for _ in range(WARM_UP):
         one_step()
-    events = []
-    if on_gpu:
-        torch.cuda.synchronize()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(ROUNDS + 1)]
+    _finish(device)
+    return {"first_call_s": round(first_call_s, 1)}
+
+
+def time_steps(one_step: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Time whole steps, one after the other as in training."""
+    on_gpu = device.type == "cuda"
+    for _ in range(SETTLE):
+        one_step()
+    _finish(device)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(ROUNDS + 1)] if on_gpu else []
+    if events:
         events[0].record()
     walls = [time.perf_counter()]
     for number in range(ROUNDS):
         one_step()
-        if on_gpu:
+        if events:
             events[number + 1].record()
         walls.append(time.perf_counter())
-    if on_gpu:
-        torch.cuda.synchronize()
+    _finish(device)
     total_s = time.perf_counter() - walls[0]
-    between = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)] if on_gpu else []
+    between = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
     low, median, high = statistics.quantiles(
         between or [b - a for a, b in itertools.pairwise(walls)], n=4, method="inclusive"
     )
-    peak = {"peak_mb": round(torch.cuda.max_memory_allocated() / 1e6)} if on_gpu else {}
     return {
         "median_s": significant(median),
         "iqr_s": significant(high - low),
         "rounds": ROUNDS,
         "wall_mean_s": significant(total_s / ROUNDS),
-        "first_call_s": round(first_call_s, 1),
-        **peak,
     }
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def profile(one_step: Callable[[], object]) -> dict[str, Any]:
@@ -227,59 +235,50 @@ def profile(one_step: Callable[[], object]) -> dict[str, Any]:
     }
 
 
-def _work(way: str, shapes: list[str]) -> int:
-    """Be a worker: note a line per shape, then profiles of ours."""
-    for name in shapes:
-        at, machine, one_step, loss = build_way(way, SHAPES[name])
-        error = checked_error(at, machine, loss)
-        case = _case(way, name)
-        if not error <= TOLERANCE:
-            note(case={**case, "red": f"the loss errs by {error:.1e} against float64"})
-            continue
-        times = time_steps(one_step, machine.device)
-        note(case={**case, **times, "precision": machine.precision, "error": f"{error:.1e}"})
-        if way == "ridgeline":
-            note(profile={name: profile(one_step)})
-        del at, one_step, loss
-        torch.cuda.empty_cache()
+def _work(way: str, shape: str) -> int:
+    """Be a worker: prepare, wait for the turn, note what was measured; of ours also a profile."""
+    at, machine, one_step, loss = build_way(way, SHAPES[shape])
+    case = _case(way, shape)
+    error = checked_error(at, machine, loss)
+    if not error <= TOLERANCE:
+        note(case={**case, "red": f"the loss errs by {error:.1e} against float64"})
+        return 1
+    # from the first step on: what a replay of a graph uses belongs to the graph and does not count as allocated
+    torch.cuda.reset_peak_memory_stats()
+    first = warm_up(one_step, machine.device)
+    peak_mb = round(torch.cuda.max_memory_allocated() / 1e6)
+    torch.cuda.empty_cache()
+    wait_for_turn()
+    times = time_steps(one_step, machine.device)
+    note(case={**case, **times, **first, "peak_mb": peak_mb, "precision": machine.precision, "error": f"{error:.1e}"})
+    if way == OURS:
+        note(profile={shape: profile(one_step)})
     return 0
 
 
-def _run_once(way: str, shapes: list[str]) -> int:
-    """Make a step of each shape, only to have it compiled."""
-    for name in shapes:
-        build_way(way, SHAPES[name])[2]()
-    return 0
-
-
-def time_ways(ways: list[str], shapes: list[str], sheet: Sheet, seconds: float) -> None:
-    """Time each way in a process of its own, keeping the sheet up to date."""
-    content, deadline = sheet.content, time.monotonic() + seconds
-    content |= {"cases": [], "profiles": {}, "errors": [], "compiling": None}
-    fixed = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE}
+def time_ways(
+    ways: list[str], shapes: list[str], sheet: Sheet, *, seconds: float, prepare: float, at_once: int
+) -> None:
+    """Time each way at each shape in a process of its own, keeping the sheet up to date."""
+    content = sheet.content
+    content |= {"cases": [], "profiles": {}, "errors": []}
+    environment = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE, **COMPILER}
     module = [sys.executable, "-m", "bench.gpu_step", "--worker"]
-    compiled = [way for way in ways if way.startswith("torch.compile")]
-    for way in ways:
-        if way in compiled and content["compiling"] is None:
-            ahead = {f"{w}, {s}": [*module, w, "--once", "--shapes", s] for s in shapes for w in compiled}
-            left = AHEAD * (deadline - time.monotonic())
-            content["compiling"] = side_by_side(ahead, seconds=left, at_once=len(ahead), environment=fixed)
-        bound = min(deadline - time.monotonic(), WAYS[way] * seconds)
-        with Workers(seconds=bound, at_once=1) as workers:
-            workers.start(way, [*module, way, "--shapes", *shapes], fixed)
-            for _, heard in workers:
-                if isinstance(heard, Ended):
-                    if heard.code != 0:
-                        how = "cut by the clock" if heard.code is None else f"exit {heard.code}"
-                        content["errors"].append(f"{way}: {how}: {heard.tail[-600:]}")
-                        done = {case["group"] for case in content["cases"] if case["peer"] == way}
-                        missing = [case for name in shapes if (case := _case(way, name))["group"] not in done]
-                        content["cases"] += [{**case, "refused": how} for case in missing]
-                elif "case" in heard:
-                    content["cases"].append(heard["case"])
-                else:
-                    content["profiles"] |= heard["profile"]
-                sheet.write()
+    both = {f"{way}, {shape}": (way, shape) for way in ways for shape in shapes}
+    with Workers(seconds=seconds, at_once=at_once, prepare=prepare) as workers:
+        for name, (way, shape) in both.items():
+            workers.start(name, [*module, way, "--shapes", shape], environment, turn_s=SHARE * seconds)
+        for name, heard in workers:
+            if not isinstance(heard, Ended):
+                content["cases"] += [heard["case"]] if "case" in heard else []
+                content["profiles"] |= heard.get("profile", {})
+            elif heard.code != 0:
+                how = "cut by the clock" if heard.code is None else f"exit {heard.code}"
+                content["errors"].append(f"{name}: {how}: {heard.tail[-600:]}")
+                case = _case(*both[name])
+                if case["name"] not in [c["name"] for c in content["cases"] if c["group"] == case["group"]]:
+                    content["cases"].append({**case, "refused": how})
+            sheet.write()
 
 
 def _case(way: str, shape: str) -> dict[str, Any]:
@@ -290,22 +289,28 @@ def main() -> int:
     """Run the part; exit code 0 only if ours was timed at every shape."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_step")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=110.0)
+    parser.add_argument("--seconds", type=float, default=110.0, help="for timing")
+    parser.add_argument("--prepare", type=float, default=300.0, help="seconds for compiling and checking before that")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--processes", type=int, default=min(_PROCESSES, os.cpu_count() or 1))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.once:
-        return _run_once(options.worker, options.shapes)
     if options.worker:
-        return _work(options.worker, options.shapes)
+        return _work(options.worker, *options.shapes)
     end_on_sigterm()
     sheet = Sheet(options.out)
-    time_ways(options.ways, options.shapes, sheet, options.seconds)
+    time_ways(
+        options.ways,
+        options.shapes,
+        sheet,
+        seconds=options.seconds,
+        prepare=options.prepare,
+        at_once=options.processes,
+    )
     cases = sheet.content["cases"]
     print(f"{sum('median_s' in case for case in cases)} of {len(options.ways) * len(options.shapes)} steps timed")
-    return int(sum(case["peer"] == "ridgeline" and "median_s" in case for case in cases) < len(options.shapes))
+    return int(sum(case["peer"] == OURS and "median_s" in case for case in cases) < len(options.shapes))
 
 
 if __name__ == "__main__":

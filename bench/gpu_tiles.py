@@ -15,8 +15,8 @@ import torch
 
 from bench.gpu_cases import Tensors, attention_inputs
 from bench.gpu_clock import measure
-from bench.gpu_process import Sheet, end_on_sigterm, note, share, side_by_side
-from bench.gpu_speed import ATTENTION, BF16_TOLERANCE
+from bench.gpu_process import Sheet, end_on_sigterm, note, share, side_by_side, wait_for_turn
+from bench.gpu_rows import ATTENTION, BF16_TOLERANCE
 from kernels import attention_backward, attention_forward, attention_tile
 from kernels.attention import gqa_attention
 
@@ -152,14 +152,16 @@ def main() -> int:
     """Run the part."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_tiles")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--seconds", type=float, default=120.0, help="for timing")
+    parser.add_argument("--prepare", type=float, default=120.0, help="seconds for compiling before that")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return _compile(options.worker)
     end_on_sigterm()
-    compile_ahead(options.seconds * 0.6, min(12, os.cpu_count() or 1))
+    compile_ahead(options.prepare, min(12, os.cpu_count() or 1))
     sheet = Sheet(options.out)
+    wait_for_turn()
     time_tiles(sheet, torch.device("cuda"))
     for case in sheet.content["cases"]:
         told = f"{1e3 * case['median_s']:8.4f} ms" if "median_s" in case else case.get("refused") or case["red"]

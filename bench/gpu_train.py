@@ -1,6 +1,6 @@
-"""Two short runs of the published recipe on generated roofs, in two processes: the same bits, and at what speed.
+"""Two short runs of the published recipe on generated roofs, in two processes side by side: the same bits.
 
-All three stages are there, of a few hundred updates each, without the score, which needs a package.
+All three stages are there, of a few hundred updates each, with the score of each where its package is installed.
 """
 
 import argparse
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note
+from perceiver.score import require_scorer
 from train.config import Recipe, load_recipe
 from train.determinism import CUBLAS_WORKSPACE
 
 COMPARED = ("trace.jsonl", "metrics.jsonl")
 
 
-def short_recipe(steps: int, scenes: int, recipe: Recipe | None = None) -> Recipe:
+def short_recipe(steps: int, scenes: int, recipe: Recipe | None = None, *, score: bool = False) -> Recipe:
     """The published recipe with `steps` updates a stage and as many generated scenes as it is given."""
     recipe = recipe or load_recipe("s23dr")
     stages = tuple(
@@ -33,7 +34,7 @@ def short_recipe(steps: int, scenes: int, recipe: Recipe | None = None) -> Recip
         )
         for number, (stage, points) in enumerate(zip(recipe.stages, (2048, 4096, 4096), strict=True))
     )
-    evaluation = dataclasses.replace(recipe.evaluate, every=0, score=False)
+    evaluation = dataclasses.replace(recipe.evaluate, every=0, score=score)
     often = min(50, steps)
     return dataclasses.replace(
         recipe, name="short", stages=stages, evaluate=evaluation, log_every=often, trace_every=often
@@ -45,16 +46,34 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     files = {name: hashlib.sha256((run_dir / name).read_bytes()).hexdigest() for name in COMPARED}
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     speeds = [json.loads(line) for line in (run_dir / "speed.jsonl").read_text().splitlines()]
-    weights = [line["weights"] for line in metrics if line["kind"] == "stage"]
-    losses = [round(line["loss"], 4) for line in metrics if line["kind"] == "train"]
-    return {"files": files, "weights": weights, "loss": losses[:: max(len(losses) // 12, 1)], "speed": speeds[-3:]}
-
-
-def compare(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whether the runs agree in every byte, once there are two."""
-    return {
-        "same_bits": all(run["files"] == found[0]["files"] and run["weights"] == found[0]["weights"] for run in found)
+    stages = [line for line in metrics if line["kind"] == "stage"]
+    scores = {
+        "scenes": stages[0]["scenes"],
+        "hss": [round(line["hss_mean"], 6) for line in stages if "hss_mean" in line],
     }
+    losses = [round(line["loss"], 4) for line in metrics if line["kind"] == "train"]
+    return {
+        "files": files,
+        "weights": [line["weights"] for line in stages],
+        "dev_scores": {"scenes": stages[0]["scenes"], "hss": scores},
+        "loss": losses[:: max(len(losses) // 12, 1)],
+        "speed": speeds[-3:],
+    }
+
+
+def compare(found: list[dict[str, Any]]) -> bool | None:
+    """Whether the runs agree in every byte; None as long as there is one."""
+    if len(found) < 2:
+        return None
+    return all(run["files"] == found[0]["files"] and run["weights"] == found[0]["weights"] for run in found)
+
+
+def _can_score() -> bool:
+    try:
+        require_scorer()
+    except ImportError:
+        return False
+    return True
 
 
 def main() -> int:
@@ -62,32 +81,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_train")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=240.0)
-    parser.add_argument("--steps", type=int, default=300, help="updates of each stage")
-    parser.add_argument("--scenes", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=600, help="updates of each stage")
+    parser.add_argument("--scenes", type=int, default=512)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         from train.loop import run
 
-        run(short_recipe(options.steps, options.scenes), options.worker, progress=False, say=print)
+        recipe = short_recipe(options.steps, options.scenes, score=_can_score())
+        run(recipe, options.worker, progress=False, say=print)
         note(**summarize(Path(options.worker)))
         return 0
     end_on_sigterm()
-    sheet = Sheet(options.out, steps=options.steps, runs=[], errors=[])
+    sheet = Sheet(options.out, steps=options.steps, same_bits=None, runs=[], errors=[])
     content = sheet.content
     command = [sys.executable, "-m", "bench.gpu_train", "--steps", str(options.steps), "--scenes", str(options.scenes)]
-    with tempfile.TemporaryDirectory() as scratch, Workers(seconds=options.seconds, at_once=1) as workers:
+    with tempfile.TemporaryDirectory() as scratch, Workers(seconds=options.seconds, at_once=2) as workers:
         for name in ("first", "second"):
             fixed = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE}
             workers.start(name, [*command, "--worker", f"{scratch}/{name}"], fixed)
         for name, heard in workers:
             if not isinstance(heard, Ended):
                 content["runs"].append(heard)
-                content |= compare(content["runs"])
+                content["same_bits"] = compare(content["runs"])
             elif heard.code != 0:
                 content["errors"].append({"run": name, "code": heard.code, "tail": heard.tail[-1500:]})
             sheet.write()
-    print(f"{len(content['runs'])} runs, same bits: {content.get('same_bits')}")
+    print(f"{len(content['runs'])} runs, same bits: {content['same_bits']}")
     return int(len(content["runs"]) < 2 or not content["same_bits"])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_process, gpu_repeats, gpu_step, gpu_targets, gpu_tests
+from bench import gpu, gpu_process, gpu_repeats, gpu_speed, gpu_step, gpu_targets, gpu_tests
 from bench.gpu_process import Ended, Sheet, Workers
 
 
@@ -58,9 +58,65 @@ def test_workers_that_there_was_no_time_to_start_are_named():
     assert [end.code for end in ends.values()] == [None, None] and "no time" in ends["b"].tail
 
 
+TURNS = NOTE + "from bench.gpu_process import wait_for_turn; import time; "
+
+
+def hear_turns(workers: Workers) -> list[str]:
+    return [f"{name} {'ends' if isinstance(heard, Ended) else heard['does']}" for name, heard in workers]
+
+
+def test_what_is_timed_has_the_machine_for_itself_once_all_are_prepared():
+    timing = script(TURNS + "wait_for_turn(); note(does='begins'); time.sleep(0.3); note(does='is done')")
+    with Workers(seconds=60, at_once=2) as workers:
+        for name in ("a", "b", "c"):
+            workers.start(name, timing)
+        workers.start("checks", script(TURNS + "time.sleep(1); note(does='checked')"))
+        told = hear_turns(workers)
+    assert told[:2] == ["checks checked", "checks ends"]
+    assert told[2:] == [f"{name} {does}" for name in "abc" for does in ("begins", "is done", "ends")]
+
+
+def test_what_is_not_prepared_in_time_is_cut_and_so_is_a_turn_that_takes_too_long():
+    timing = TURNS + "wait_for_turn(); note(does='begins')"
+    with Workers(seconds=60, at_once=8, prepare=3) as workers:
+        workers.start("slow to prepare", script(TURNS + "time.sleep(60)"))
+        workers.start("slow", script(timing + "; time.sleep(60)"), turn_s=1)
+        workers.start("quick", script(timing))
+        told = hear_turns(workers)
+    assert told == ["slow to prepare ends", "slow begins", "slow ends", "quick begins", "quick ends"]
+
+
+def test_a_part_whose_workers_are_prepared_waits_for_its_own_turn(tmp_path):
+    inner = tmp_path / "part.py"
+    inner.write_text(
+        f"""
+import sys
+from bench.gpu_process import Ended, Workers, note
+with Workers(seconds=60, at_once=2) as workers:
+    for name in "12":
+        workers.start(name, [sys.executable, "-c", {TURNS + "wait_for_turn(); note(does='times')"!r}])
+    for name, heard in workers:
+        if not isinstance(heard, Ended):
+            note(does=f"{{name}} {{heard['does']}}")
+"""
+    )
+    with Workers(seconds=60, at_once=4) as workers:
+        for name in ("first", "second"):
+            workers.start(name, [sys.executable, str(inner)], {"PYTHONPATH": str(Path(gpu.__file__).parent.parent)})
+        workers.start("checks", script(TURNS + "time.sleep(2); note(does='checked')"))
+        told = hear_turns(workers)
+    each = ["1 times", "2 times", "ends"]
+    assert told == [
+        "checks checked",
+        "checks ends",
+        *(f"{name} {does}" for name in ("first", "second") for does in each),
+    ]
+
+
 PART = """
 import json, sys, time
 from pathlib import Path
+from bench.gpu_process import wait_for_turn
 out = Path(sys.argv[sys.argv.index("--out") + 1])
 out.write_text(json.dumps({"cases": [{"suite": "s", "group": "g", "name": out.stem, "peer": "p", "median_s": 1.0}]}))
 """
@@ -73,9 +129,10 @@ def run_planted(parts: dict[str, gpu.Part], out: Path, monkeypatch, scale: float
 
 
 def test_a_part_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch, capsys):
-    endings = {"fails": "raise SystemExit(3)", "hangs": "time.sleep(60)", "works": "print('all well')"}
-    parts = {n: gpu.Part(command=tuple(script(PART + end)), seconds=20) for n, end in endings.items()}
-    parts["hangs"] = dataclasses.replace(parts["hangs"], seconds=-15.0)
+    endings = {"fails": "raise SystemExit(3)", "hangs": "time.sleep(60)", "works": "wait_for_turn(); print('all well')"}
+    parts = {n: gpu.Part(command=tuple(script(PART + end))) for n, end in endings.items()}
+    parts["works"] = dataclasses.replace(parts["works"], alone_s=20)
+    monkeypatch.setattr(gpu, "PREPARE_S", 5.0)
     red, summary = run_planted(parts, tmp_path, monkeypatch)
     assert red == 2
     assert [case["name"] for case in summary["cases"]] == ["fails", "hangs", "works"]
@@ -89,13 +146,14 @@ def test_a_part_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch, ca
     )
 
 
-def test_time_that_a_part_does_not_use_is_the_next_ones(tmp_path, monkeypatch):
-    case = "{'suite': 's', 'group': 'g', 'name': out.stem, 'told': float(sys.argv[-1])}"
+def test_a_part_is_told_to_end_a_little_before_it_is_made_to(tmp_path, monkeypatch):
+    case = "{'suite': 's', 'group': 'g', 'name': out.stem, 'told': sys.argv[3:]}"
     tell = f"out.write_text(json.dumps({{'cases': [{case}]}}))"
-    parts = {n: gpu.Part(command=tuple(script(PART + tell)), seconds=10) for n in ("first", "second")}
+    parts = {n: gpu.Part(command=tuple(script(PART + tell)), alone_s=alone) for n, alone in (("one", 0), ("two", 30))}
+    monkeypatch.setattr(gpu, "PREPARE_S", 50.0)
     _, summary = run_planted(parts, tmp_path, monkeypatch, scale=2.0)
-    first, second = (case["told"] for case in summary["cases"])
-    assert first == 15 and 20 < second <= 35
+    one, two = (case["told"] for case in summary["cases"])
+    assert one == ["--seconds", "95.0"] and two == ["--seconds", "55.0", "--prepare", "95.0"]
 
 
 def test_without_a_gpu_the_suite_says_so_and_exits_2(monkeypatch, capsys, tmp_path):
@@ -104,10 +162,9 @@ def test_without_a_gpu_the_suite_says_so_and_exits_2(monkeypatch, capsys, tmp_pa
     assert "needs a CUDA device" in capsys.readouterr().err and not (tmp_path / "results").exists()
 
 
-def test_the_parts_that_run_unasked_take_nine_minutes_at_most_and_leave_eight_files():
+def test_the_parts_that_run_unasked_take_nine_minutes_at_most():
     unasked = [part for part in gpu.PARTS.values() if part.unasked]
-    assert sum(part.seconds for part in unasked) <= 540
-    assert len(unasked) + 1 <= 8
+    assert gpu.PREPARE_S + sum(part.alone_s for part in unasked) <= 540
 
 
 def row(group: str, peer: str, **clocks: float) -> dict:
@@ -205,24 +262,40 @@ def answer_as_workers(monkeypatch, folder: Path, answers: str) -> None:
     monkeypatch.setattr(sys, "executable", str(python))
 
 
-def test_each_way_to_a_step_has_its_own_bound_and_what_it_found_before_stays(tmp_path, monkeypatch):
-    case = '{"case": {"suite": "step", "group": "training step, 32 x 2048", "peer": "\'"$4"\'", "median_s": 1}}'
-    answers = f"""case "$4" in
-        ridgeline) tell '{case}'; tell '{{"profile": {{"32 x 2048": {{"launches": 3}}}}}}';;
-        eager) tell '{case}'; echo the reason; exit 1;;
-        torch.compile) if [ "$5" = --once ]; then exit 0; fi; tell '{case}'; sleep 60;;
+def test_each_way_to_a_step_is_a_process_and_what_others_found_stays(tmp_path, monkeypatch):
+    case = '{"case": {"suite": "step", "group": "training step, \'"$6"\'", "name": "\'"$4"\'", "median_s": 1}}'
+    answers = f"""case "$4 $6" in
+        ridgeline*) tell '{case}'; tell '{{"profile": {{"'"$6"'": {{"launches": 3}}}}}}';;
+        "eager 32 x 2048") tell '{case}'; echo the reason; exit 1;;
+        "eager 64 x 4096") exit 1;;
+        torch.compile*) sleep 60;;
     esac"""
     answer_as_workers(monkeypatch, tmp_path, answers)
-    monkeypatch.setitem(gpu_step.WAYS, "torch.compile", 0.05)
     sheet = Sheet(tmp_path / "step.json")
-    gpu_step.time_ways(["ridgeline", "eager", "torch.compile"], list(gpu_step.SHAPES), sheet, seconds=30)
+    gpu_step.time_ways(
+        ["ridgeline", "eager", "torch.compile"], list(gpu_step.SHAPES), sheet, seconds=10, prepare=3, at_once=9
+    )
     found = json.loads(sheet.path.read_text())
-    rows = {(case["peer"], case["group"][-9:]): case for case in found["cases"]}
-    assert [rows[way, "32 x 2048"]["median_s"] for way in ("ridgeline", "eager", "torch.compile")] == [1, 1, 1]
+    rows = {(case["name"], case["group"][-9:]): case for case in found["cases"]}
+    assert len(rows) == len(found["cases"]) == 6
+    for row in (("ridgeline", "32 x 2048"), ("ridgeline", "64 x 4096"), ("eager", "32 x 2048")):
+        assert rows[row]["median_s"] == 1
     assert rows["eager", "64 x 4096"]["refused"] == "exit 1"
     assert rows["torch.compile", "64 x 4096"]["refused"] == "cut by the clock"
-    assert ("ridgeline", "64 x 4096") not in rows and found["profiles"]["32 x 2048"]["launches"] == 3
-    assert found["compiling"] == {} and "the reason" in found["errors"][0]
+    assert found["profiles"]["32 x 2048"]["launches"] == 3 and "the reason" in "".join(found["errors"])
+
+
+def test_each_compiled_row_is_a_process_and_rows_that_are_missing_say_why(tmp_path, monkeypatch):
+    group = "match_segments, 64x64, detached, forward and backward"
+    case = f'{{"case": {{"group": "{group}", "peer": "ridgeline", "median_s": 1}}}}'
+    answers = f"""case "$5" in plain) tell '{case}'; exit 4;; *) exit 5;; esac"""
+    answer_as_workers(monkeypatch, tmp_path, answers)
+    sheet = Sheet(tmp_path / "matching.json")
+    gpu_speed.time_suite("matching", sheet, seconds=20, prepare=20, at_once=9)
+    cases = json.loads(sheet.path.read_text())["cases"]
+    assert cases[0] == {"group": group, "peer": "ridgeline", "median_s": 1}
+    ends = {case["peer"].endswith("torch.compile"): case["refused"] for case in cases[1:]}
+    assert ends[True].startswith("exit 5") and ends[False].startswith("exit 4")
 
 
 def test_the_sweep_is_green_only_when_everything_was_swept_and_agrees(tmp_path, monkeypatch):

@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-import json
 
 import pytest
 import torch
 
-from bench import gpu_cases, gpu_repeats, gpu_speed, gpu_tiles, gpu_train
+from bench import gpu_cases, gpu_repeats, gpu_rows, gpu_speed, gpu_tiles, gpu_train
 from bench.gpu_cases import OperatorCase, attention_inputs, item
-from bench.gpu_process import Sheet
 from bench.gpu_repeats import cases
 from bench.gpu_step_peers import PlainPerceiver, plain_loss
 from bench.peers import Peer
@@ -104,7 +102,8 @@ def test_the_short_recipe_has_all_stages_and_asks_for_no_score():
     assert [stage.batch for stage in recipe.stages] == [32, 64, 64]
     assert not recipe.evaluate.score and recipe.stages[2].endpoint_weight > 0
     runs = [{"files": {"a": "1"}, "weights": ["w"]}, {"files": {"a": "1"}, "weights": ["v"]}]
-    assert gpu_train.compare(runs[:1])["same_bits"] and not gpu_train.compare(runs)["same_bits"]
+    assert gpu_train.compare(runs[:1]) is None and gpu_train.compare(runs) is False
+    assert gpu_train.compare([runs[0], runs[0]]) is True
 
 
 def test_cases_of_training_come_first_and_names_are_unique():
@@ -114,9 +113,9 @@ def test_cases_of_training_come_first_and_names_are_unique():
     assert len(set(names)) == len(names)
 
 
-def doubled(peers: list[Peer], group: str = "planted, forward") -> tuple[gpu_speed.Problem, list[Peer]]:
+def doubled(peers: list[Peer], group: str = "planted, forward") -> tuple[gpu_rows.Problem, list[Peer]]:
     x = torch.rand(3)
-    problem = gpu_speed.Problem(
+    problem = gpu_rows.Problem(
         suite="planted",
         group=group,
         leaves=[x],
@@ -134,7 +133,8 @@ def refuse(_):
         raise RuntimeError("what it led to") from cause
 
 
-def test_only_right_results_have_a_time_and_every_row_says_why_not(tmp_path):
+def test_only_right_results_have_a_time_and_every_row_says_why_not(monkeypatch):
+    monkeypatch.delenv("RIDGELINE_TURN", raising=False)
     calls = iter(range(1000))
     peers = [
         Peer(name="compiled", solve=lambda x: x + x, compiled=True),
@@ -142,32 +142,42 @@ def test_only_right_results_have_a_time_and_every_row_says_why_not(tmp_path):
         Peer(name="not a number", solve=lambda x: x / 0),
         Peer(name="moves", solve=lambda x: 2 * x + (3e-7 if next(calls) == 17 else 0.0)),
         Peer(name="refuses", solve=refuse),
+        Peer(name="elsewhere", solve=lambda x: 2 * x, package="no-such-package"),
         Peer(name="replayed", solve=lambda x: 2 * x, graph=True),
         Peer(name="ridgeline", solve=lambda x: 2 * x),
     ]
-    sheet = Sheet(tmp_path / "planted.json")
-    gpu_speed.time_rows(gpu_speed.ordered([doubled(peers)]), sheet, CPU, seconds=60)
-    rows = {case["name"]: case for case in json.loads(sheet.path.read_text())["cases"]}
-    assert list(rows) == ["ridgeline", "wrong", "not a number", "moves", "refuses", "compiled"]
+    pairs = gpu_speed.ordered([doubled(peers), doubled(peers[:1], "planted, forward and backward")])
+    assert [peer.name for _, peer in pairs] == [
+        "ridgeline", "wrong", "not a number", "moves", "refuses", "elsewhere", "compiled"
+    ]  # fmt: skip
+    rows = {case["name"]: case for case in gpu_speed.time_rows(pairs[:-1], CPU)}
     assert rows["ridgeline"]["median_s"] > 0 and rows["ridgeline"]["same_bits"]
     assert rows["moves"]["median_s"] > 0 and not rows["moves"]["same_bits"]
     for name in ("wrong", "not a number"):
         assert "median_s" not in rows[name] and "relative error" in rows[name]["red"]
-    assert "the cause" in rows["refuses"]["refused"]
+    assert "the cause" in rows["refuses"]["refused"] and "not installed" in rows["elsewhere"]["refused"]
 
 
-def test_rows_after_the_time_is_up_are_named(tmp_path):
-    sheet = Sheet(tmp_path / "planted.json")
-    late = doubled([Peer(name="late", solve=lambda x: 2 * x)])
-    gpu_speed.time_rows(gpu_speed.ordered([late]), sheet, CPU, seconds=-1)
-    assert [case["refused"] for case in json.loads(sheet.path.read_text())["cases"]] == ["no time was left"]
+@pytest.mark.parametrize("suite", gpu_rows.SUITES)
+def test_every_suite_has_ours_and_peers_for_each_problem_without_a_gpu(suite):
+    pairs = gpu_speed.ordered(gpu_rows.SUITES[suite](torch.device("meta")))
+    groups = {problem.group for problem, _ in pairs}
+    for group in groups:
+        names = [peer.name for problem, peer in pairs if problem.group == group]
+        assert names[0] == "ridgeline" and len(set(names)) == len(names) >= 2
+
+
+def test_ours_gives_the_truth_of_the_balanced_problem():
+    (problem, peers), *_ = gpu_rows.balanced_rows(CPU, items=2, size=8)
+    case, run = gpu_speed.check_row(problem, peers[0], {}, CPU)
+    assert run is not None and float(case["error"]) < gpu_rows.BALANCED_TOLERANCE
 
 
 def test_truth_in_blocks_of_items_is_the_truth_of_all(monkeypatch):
     tensors = attention_inputs(5, CPU, T=4, S=9, D=16, dtype=torch.float32, limit="count")
-    whole = gpu_speed._attention_truth(tensors, "forward and backward")
-    monkeypatch.setattr(gpu_speed, "_TRUTH_ITEMS", 2)
-    for left, right in zip(gpu_speed._attention_truth(tensors, "forward and backward"), whole, strict=True):
+    whole = gpu_rows._attention_truth(tensors, "forward and backward")
+    monkeypatch.setattr(gpu_rows, "_TRUTH_ITEMS", 2)
+    for left, right in zip(gpu_rows._attention_truth(tensors, "forward and backward"), whole, strict=True):
         torch.testing.assert_close(left, right)
 
 
