@@ -7,7 +7,6 @@ Each line is written as soon as it is known, so that nothing is lost when a late
 import contextlib
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,10 @@ from bench.measure import (
     graphed,
     largest_error,
     peak_bytes,
+    quartiles,
+    root,
     same_bits,
+    significant,
     synchronized,
     tensor_bytes,
 )
@@ -100,7 +102,7 @@ class Measure:
             peer.require()
             started = time.perf_counter()
             found = [x.detach().clone() for x in checked()]
-            notes["first_call_s"] = _significant(time.perf_counter() - started)
+            notes["first_call_s"] = significant(time.perf_counter() - started)
             launched = run
             if peer.graph:
                 run = checked = graphed(checked)
@@ -115,7 +117,7 @@ class Measure:
             torch.cuda.synchronize()
         call_s = time.perf_counter() - started
         # after both checks, because a call may change what it works on; a replay holds nothing of its own
-        notes["peak_mb"] = _significant(peak_bytes(launched) / 1e6)
+        notes["peak_mb"] = significant(peak_bytes(launched) / 1e6)
         notes |= {"error": f"{error:.1e}"} if truth else {}
         notes |= {"same_bits": same_bits(found, again)} if found else {}
         notes |= {"flops": flops} if flops else {}
@@ -130,9 +132,9 @@ class Measure:
         benchmark.extra_info.update(notes)
         benchmark.pedantic(synchronized(run), rounds=rounds, warmup_rounds=int(call_s < LONG_S))
         if ON_GPU:
-            on_device = _quartiles(device_seconds(run, rounds))
+            on_device = quartiles(device_seconds(run, rounds))
             notes |= {"device_median_s": on_device[0], "device_iqr_s": on_device[1]}
-        median, spread = _quartiles(benchmark.stats.stats.data)
+        median, spread = quartiles(benchmark.stats.stats.data)
         self._keep({**notes, "median_s": median, "iqr_s": spread, "rounds": rounds})
 
     @contextlib.contextmanager
@@ -142,7 +144,7 @@ class Measure:
         except REFUSALS as refusal:
             if peer.package is None:
                 raise
-            reason = _root(refusal)
+            reason = root(refusal)
             self._keep({**notes, "refused": reason})
             pytest.skip(f"{peer.name}: {reason}")
 
@@ -161,20 +163,3 @@ def _line(case: dict[str, Any]) -> str:
         return f"{head} {case.get('refused') or 'RED: ' + case['red']}"[:160]
     bits = {True: "same bits", False: "OTHER BITS", None: ""}[case.get("same_bits")]
     return f"{head} {1e3 * case['median_s']:10.3f} ms ± {1e3 * case['iqr_s']:.3f}  {case.get('error', '')}  {bits}"
-
-
-def _root(error: BaseException) -> str:
-    """What an error is about: the first line of the one that caused it."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _quartiles(seconds: Sequence[float]) -> tuple[float, float]:
-    """Return the median and the distance of the quartiles."""
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return _significant(median), _significant(high - low)
-
-
-def _significant(value: float) -> float:
-    return float(f"{value:.4g}")

@@ -12,31 +12,12 @@ from typing import Any
 
 import torch
 
-from bench.measure import device_seconds
+from bench.measure import device_seconds, quartiles, record, significant
 
 ROUNDS = 15
 # a round is so long that the resolution of events (0.5 us) does not show
 _ROUND_S = 2e-3
 _MOST_REPLAYS = 200
-
-
-def record(run: Callable[[], Sequence[torch.Tensor]]) -> torch.cuda.CUDAGraph:
-    """Record a call into a graph, after it has run three times on a stream of its own.
-
-    Raises:
-        RuntimeError: the call does what a graph cannot hold.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph
 
 
 def measure(run: Callable[[], Sequence[torch.Tensor]], device: torch.device) -> dict[str, Any]:
@@ -50,7 +31,7 @@ def measure(run: Callable[[], Sequence[torch.Tensor]], device: torch.device) -> 
     if device.type != "cuda":
         return {"clock": "wall", **_summary(wall)}
     try:
-        graph = record(run)
+        graph, _ = record(run)
         clock, replay = "graph", graph.replay
     except RuntimeError as refusal:
         torch.cuda.synchronize()
@@ -87,10 +68,5 @@ def _wall_seconds(run: Callable[[], object], device: torch.device) -> list[float
 
 
 def _summary(seconds: Sequence[float]) -> dict[str, Any]:
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return {"median_s": significant(median), "iqr_s": significant(high - low), "rounds": len(seconds)}
-
-
-def significant(value: float) -> float:
-    """Round to four digits."""
-    return float(f"{value:.4g}")
+    median, spread = quartiles(seconds)
+    return {"median_s": median, "iqr_s": spread, "rounds": len(seconds)}

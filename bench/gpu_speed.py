@@ -20,7 +20,7 @@ from bench.gpu_clock import measure
 from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note, wait_for_turn
 from bench.gpu_repeats import words
 from bench.gpu_rows import OURS, SUITES, Problem
-from bench.measure import largest_error
+from bench.measure import largest_error, root
 from bench.peers import Peer
 
 BIT_REPEATS, _PROCESSES = 20, 4
@@ -68,7 +68,7 @@ def check_row(
             return {**case, "red": f"relative error {error:.1e}, must be at most {problem.tolerance:.0e}"}, None
         return {**case, "error": f"{error:.1e}", "same_bits": _repeats_agree(run, found)}, run
     except Exception as refusal:
-        return {**case, "refused": _root(refusal)}, None
+        return {**case, "refused": root(refusal)}, None
 
 
 def time_rows(pairs: Sequence[tuple[Problem, Peer]], device: torch.device) -> Iterator[dict[str, Any]]:
@@ -86,19 +86,12 @@ def time_rows(pairs: Sequence[tuple[Problem, Peer]], device: torch.device) -> It
         try:
             yield case | measure(run, device)
         except Exception as refusal:
-            yield case | {"refused": _root(refusal)}
+            yield case | {"refused": root(refusal)}
 
 
 def _repeats_agree(run: Callable[[], list[Tensor]], found: list[Tensor]) -> bool:
     differing = sum((words(x) != words(y)).any() for _ in range(BIT_REPEATS) for x, y in zip(run(), found, strict=True))
     return not bool(differing)
-
-
-def _root(error: BaseException) -> str:
-    """The first line of what caused an error."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]
 
 
 def time_suite(suite: str, sheet: Sheet, *, seconds: float, prepare: float, at_once: int) -> None:

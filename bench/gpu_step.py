@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import itertools
 import os
-import statistics
 import sys
 import time
 from collections import defaultdict
@@ -21,11 +20,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.gpu_clock import significant
 from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note, wait_for_turn
 from bench.gpu_rows import OURS
 from bench.gpu_speed import COMPILER
 from bench.gpu_step_peers import PlainPerceiver, plain_loss
+from bench.measure import quartiles, significant
 from bench.stirred import stirred_model
 from perceiver.model import Perceiver
 from perceiver.scene import SceneBatch
@@ -199,12 +198,10 @@ def time_steps(one_step: Callable[[], object], device: torch.device) -> dict[str
     _finish(device)
     total_s = time.perf_counter() - walls[0]
     between = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
-    low, median, high = statistics.quantiles(
-        between or [b - a for a, b in itertools.pairwise(walls)], n=4, method="inclusive"
-    )
+    median, spread = quartiles(between or [b - a for a, b in itertools.pairwise(walls)])
     return {
-        "median_s": significant(median),
-        "iqr_s": significant(high - low),
+        "median_s": median,
+        "iqr_s": spread,
         "rounds": ROUNDS,
         "wall_mean_s": significant(total_s / ROUNDS),
     }

@@ -8,6 +8,7 @@ during one call, inputs not counted.
 """
 
 import importlib.metadata
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,26 +56,52 @@ def choose_rounds(call_s: float, budget_s: float) -> int:
     return int(min(max(budget_s / max(call_s, 1e-9), LEAST_ROUNDS), MOST_ROUNDS))
 
 
-def graphed(run: Run) -> Run:
-    """Record `run` into a CUDA graph and return its replay.
+def record(run: Run) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
+    """Record `run` into a CUDA graph, after it has run three times on a stream of its own; return its results too.
 
     Raises:
         RuntimeError: `run` does what a graph cannot hold, or there is no GPU.
     """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
+    torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         outputs = run()
+    return graph, outputs
+
+
+def graphed(run: Run) -> Run:
+    """Return the replay of a graph into which `run` is recorded; see `record`."""
+    graph, outputs = record(run)
 
     def replay() -> Sequence[Tensor]:
         graph.replay()
         return outputs
 
     return replay
+
+
+def quartiles(seconds: Sequence[float]) -> tuple[float, float]:
+    """Return the median and the distance of the quartiles."""
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return significant(median), significant(high - low)
+
+
+def significant(value: float) -> float:
+    """Round to four digits."""
+    return float(f"{value:.4g}")
+
+
+def root(error: BaseException) -> str:
+    """What an error is about: the first line of the one that caused it."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]
 
 
 def largest_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
