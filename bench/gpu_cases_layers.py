@@ -8,6 +8,7 @@ import torch
 from bench.gpu_cases import OperatorCase, Tensors
 from kernels.attention_columns import KeyValueColumns
 from kernels.gelu import bias_gelu
+from kernels.heads import segment_heads
 from kernels.points import point_embedding
 from kernels.residual import residual_norm
 from kernels.turn import turn
@@ -96,6 +97,35 @@ def _gelu(tensors: Tensors) -> Tensors:
     return {"out_BTC": out_BTC.detach(), "dy_BTC": dy_BTC, "dbias_C": dbias_C}
 
 
+def head_inputs(items: int, device: torch.device, *, N: int = 64, C: int = CHANNELS) -> Tensors:
+    """Rows of queries, the layers and offsets of the heads, and upstream gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "x_BNC": (items, N, C),
+        "weight_7C": (7, C),
+        "bias_7": (7,),
+        "conf_weight_1C": (1, C),
+        "conf_bias_1": (1,),
+        "offsets_N23": (N, 2, 3),
+        "dmid_BN3": (items, N, 3),
+        "ddir_BN3": (items, N, 3),
+        "dlen_BN": (items, N),
+        "dconf_BN": (items, N),
+    }
+    return {name: torch.randn(*shape, generator=generator).to(device) for name, shape in shapes.items()}
+
+
+def _heads(tensors: Tensors) -> Tensors:
+    outputs = ("mid_BN3", "dir_BN3", "len_BN", "conf_BN")
+    upstream = {name: tensors[f"d{name}"] for name in outputs}
+    names = [name for name in tensors if name.removeprefix("d") not in upstream]
+    leaves = [tensors[name].detach().requires_grad_() for name in names]
+    found = dict(zip(outputs, segment_heads(*leaves, impl="triton"), strict=True))
+    gradients = torch.autograd.grad(list(found.values()), leaves, list(upstream.values()))
+    found = {name: output.detach() for name, output in found.items()}
+    return {**found, **{f"d{name}": gradient for name, gradient in zip(names, gradients, strict=True)}}
+
+
 def column_inputs(items: int, device: torch.device, *, T: int = 256, S: int = 2048) -> Tensors:
     """Queries of two attentions, the product with the keys and values of both, and upstream gradients; bfloat16."""
     generator = torch.Generator().manual_seed(0)
@@ -152,6 +182,7 @@ def layer_cases() -> list[OperatorCase]:
         ("residual_norm", "256x256 fp32", functools.partial(seam_inputs, **single), _seam, False),
         ("bias_gelu", "256x1024 bf16", functools.partial(seam_inputs, C=UNITS), _gelu, True),
         ("bias_gelu", "256x1024 fp32", functools.partial(seam_inputs, C=UNITS, **single), _gelu, False),
+        ("segment_heads", "64x256 fp32", head_inputs, _heads, True),
         ("attention columns", "2 x 256x2048 bf16", column_inputs, _attend_columns, True),
         ("turn", "2048 fp32", turn_inputs, _turn, True),
     ]

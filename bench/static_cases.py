@@ -257,6 +257,23 @@ def _gelu_cases() -> list[Case]:
     ]
 
 
+def _heads(B: int, C: int) -> None:
+    from kernels.heads import segment_heads
+
+    shapes = ((B, 64, C), (7, C), (7,), (1, C), (1,), (64, 2, 3))
+    inputs = [torch.zeros(*shape, requires_grad=True) for shape in shapes]
+    outputs = segment_heads(*inputs, impl="triton")
+    torch.autograd.grad(outputs, inputs, [torch.zeros_like(output) for output in outputs])
+
+
+def _heads_cases() -> list[Case]:
+    table = {"64x64": (64, 256, False), "64x64 wide": (64, 1024, True), "64x64 odd": (64, 250, True)}
+    return [
+        Case(operator="segment_heads", name=name, run=functools.partial(_heads, *sizes), full=full)
+        for name, (*sizes, full) in table.items()
+    ]
+
+
 def _turn() -> None:
     from kernels.turn import turn
 
@@ -315,5 +332,6 @@ CASES = (
     *_points_cases(),
     *_residual_cases(),
     *_gelu_cases(),
+    *_heads_cases(),
     Case(operator="turn", name="64x4096 fp32", run=_turn),
 )

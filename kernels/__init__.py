@@ -2,6 +2,7 @@
 
 from kernels.attention import gqa_attention, gqa_attention_reference
 from kernels.gelu import bias_gelu, bias_gelu_reference
+from kernels.heads import segment_heads, segment_heads_reference
 from kernels.matching import Match, match_segments, match_segments_reference
 from kernels.points import point_embedding, point_embedding_reference
 from kernels.residual import Residual, residual_norm, residual_norm_reference
@@ -24,6 +25,8 @@ __all__ = [
     "residual_norm",
     "residual_norm_reference",
     "rms_norm",
+    "segment_heads",
+    "segment_heads_reference",
     "sinkhorn",
     "sinkhorn_reference",
     "turn",

@@ -14,6 +14,7 @@ from torch import nn
 
 from kernels.attention import HEAD_WIDTHS
 from kernels.dispatch import resolve
+from kernels.heads import segment_heads
 from kernels.philox import Place, named_normal, named_uniform
 from kernels.points import point_embedding
 from perceiver.blocks import DropoutKey, GroupedQueryAttention, Layer, RMSNorm, run_layers
@@ -150,9 +151,8 @@ class Perceiver(nn.Module):
         latents, queries = s.latent_embed.weight, s.query_embed.weight
         x_BLC = run(s.latent_layers, latents, memory_BTC, key_count_B=batch.point_count_B, drop=drop, as_memory=True)
         x_BNC = run(s.decoder_layers, queries, x_BLC, drop=drop)
-        # millimetres on a 10 m roof need more than bf16
-        with torch.autocast(x_BNC.device.type, enabled=False):
-            return self._heads(x_BNC.to(torch.promote_types(x_BNC.dtype, torch.float32)))
+        layers = (s.segment_head.weight, s.segment_head.bias, s.conf_head.weight, s.conf_head.bias)
+        return Segments(*segment_heads(x_BNC, *layers, s.query_offsets, impl=impl))
 
     def _memory(self, batch: SceneBatch, impl: str) -> torch.Tensor:
         names = ("weight1", "bias1", "weight2", "bias2", "gain")
@@ -163,17 +163,6 @@ class Perceiver(nn.Module):
             point_count_B=batch.point_count_B,
             precision=_product_precision(batch.xyz_BT3.device),
             impl=impl,
-        )
-
-    def _heads(self, x_BNC: torch.Tensor) -> Segments:
-        # one split and not slices: its backward is one launch
-        mid_BN3, direction_BN3, length_BN1 = self.segmenter.segment_head(x_BNC).split([3, 3, 1], dim=-1)
-        norm_BN1 = torch.linalg.vector_norm(direction_BN3, dim=-1, keepdim=True).clamp(min=1e-12)
-        return Segments(
-            mid_BN3=mid_BN3 + self.segmenter.query_offsets[:, 0],
-            dir_BN3=direction_BN3 / norm_BN1,
-            len_BN=0.1 * nn.functional.softplus(length_BN1.squeeze(-1)),
-            conf_BN=self.segmenter.conf_head(x_BNC).squeeze(-1),
         )
 
 

@@ -95,10 +95,7 @@ def test_a_backward_makes_no_zeros_for_outputs_and_columns_without_a_gradient(de
         loss.total.backward()
     calls = {event.key for event in profile.key_averages()}
     assert "ridgeline::match_segments_backward" in calls
-    # of `query_offsets` a half has no gradient
-    assert "aten::slice_backward" not in calls
-    zeros = [event for event in profile.events() if event.key == "aten::zeros"]
-    assert all(event.cpu_parent and event.cpu_parent.key == "aten::select_backward" for event in zeros)
+    assert not calls & {"aten::slice_backward", "aten::zeros"}
 
 
 def test_a_step_in_a_tensor_is_that_step(device):
