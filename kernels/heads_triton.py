@@ -51,7 +51,7 @@ def segment_heads_backward(upstream, raw_BN4, x_BNC, weight_7C, conf_weight_1C, 
 
 
 def _block(C: int) -> int:
-    return max(8, triton.next_power_of_2(C))
+    return 1 << max(3, (C - 1).bit_length())
 
 
 @triton.jit(do_not_specialize=["rows", "N"])
@@ -133,7 +133,7 @@ def _length(d0, d1, d2):
 @triton.jit
 def _softplus(z):
     """log(1 + exp(z)), with log(1 + t) = 2 artanh(t / (2 + t)) by its series: small values keep their digits."""
-    t = tl.exp(-tl.abs(z))
+    t = _exp_of_minus(tl.abs(z))
     s = tl.div_rn(t, 2.0 + t)
     g = s * s
     series = g * (1 / 13) + 1 / 11
@@ -146,8 +146,18 @@ def _softplus(z):
 
 @triton.jit
 def _sigmoid(z):
-    t = tl.exp(-tl.abs(z))
+    t = _exp_of_minus(tl.abs(z))
     return tl.div_rn(tl.where(z < 0, t, 1.0), 1.0 + t)
+
+
+@triton.jit
+def _exp_of_minus(a):
+    """exp(-a) for a >= 0 without the multiples of log 2 in a: a large a log2(e) has no digits left for the rest."""
+    a = tl.where(a > 128.0, 128.0, a)
+    k = tl.floor(a * 1.4426950408889634 + 0.5)
+    # log 2 in two parts; the products with the first, of ten bits, are exact
+    rest = a - k * 0.693359375 + k * 2.1219444005469057e-04
+    return tl.exp2(-k) * tl.exp2(rest * -1.4426950408889634)
 
 
 @triton.jit

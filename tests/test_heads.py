@@ -68,11 +68,19 @@ def test_the_eager_form_is_as_exact(dtype, device):
     check_accuracy(problem(2, 5, 24, dtype), device, "eager")
 
 
-@pytest.mark.parametrize("value", [-30.0, -12.0, -3.0, -0.1, 0.0, 0.1, 3.0, 19.9, 20.1, 90.0])
+@pytest.mark.parametrize("value", [-80.0, -30.0, -12.0, -3.0, -0.1, 0.0, 0.1, 3.0, 20.1, 90.0])
 def test_short_and_long_lengths_are_as_close_to_float64_as_eager(value, device):
     tensors = problem(1, 5, 8)
     tensors[1][6], tensors[2][6] = 0, value
     check_accuracy(tensors, device)
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+def test_lengths_without_end_are_those_of_the_reference(value, device):
+    tensors = to_device(problem(1, 2, 8), device)
+    tensors[2][6] = value
+    lengths = segment_heads(*tensors[:6], impl="triton")[2], segment_heads_reference(*tensors[:6])[2]
+    torch.testing.assert_close(*lengths, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("length", [0.0, 1e-25, 1e-13, 0.9e-12, 1.1e-12, 1e-6, 1e6])
@@ -94,10 +102,11 @@ def test_products_are_in_float32_under_autocast_too(device):
             assert all(torch.equal(x, y) for x, y in zip(found, outputs, strict=True))
 
 
-def test_layers_in_bfloat16_have_gradients_in_bfloat16(device):
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_layers_in_bfloat16_have_gradients_in_bfloat16(impl, device):
     tensors = problem(2, 5, 24)
     tensors[1:6] = [tensor.bfloat16() for tensor in tensors[1:6]]
-    actual = check_accuracy(tensors, device)
+    actual = check_accuracy(tensors, device, impl)
     assert {actual[name].dtype for name in GRADIENTS[1:]} == {torch.bfloat16}
 
 
@@ -175,6 +184,14 @@ def test_a_nan_reaches_its_row_only(device):
         assert bad[1, 2].all(), name
         assert bad.sum() == bad[1, 2].numel(), name
     assert not found["doffsets"].isnan().any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_bad_axis_spoils_a_direction_as_in_the_reference(value, device):
+    tensors = to_device(problem(1, 2, 8), device)
+    tensors[2][3] = value
+    directions = segment_heads(*tensors[:6], impl="triton")[1], segment_heads_reference(*tensors[:6])[1]
+    torch.testing.assert_close(*directions, equal_nan=True)
 
 
 def test_a_call_repeats_bit_for_bit(device):
