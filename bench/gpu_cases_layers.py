@@ -5,10 +5,12 @@ import math
 
 import torch
 
-from bench.gpu_cases import OperatorCase, Tensors
+from bench.gpu_cases import OperatorCase, Tensors, segment_inputs
 from kernels.attention_columns import KeyValueColumns
 from kernels.gelu import bias_gelu
 from kernels.heads import segment_heads
+from kernels.loss_terms import loss_terms
+from kernels.matching import match_segments
 from kernels.points import point_embedding
 from kernels.residual import residual_norm
 from kernels.turn import turn
@@ -169,6 +171,23 @@ def _turn(tensors: Tensors) -> Tensors:
     return {"xyz_BT3": xyz_BT3, "gt_BM23": gt_BM23}
 
 
+def _loss_terms(tensors: Tensors, *, target: str) -> Tensors:
+    mid_BN3, dir_BN3, len_BN = (tensors[name] for name in ("mid_BN3", "dir_BN3", "len_BN"))
+    match = match_segments(mid_BN3, dir_BN3, len_BN, tensors["gt_BM23"], tensors["count_B"], impl="triton")
+    # anything will do for a logit
+    transport_B, endpoint_B, conf_BN = leaves = [
+        x.detach().requires_grad_() for x in (match.transport_B, match.endpoint_B, 4 * mid_BN3[:, :, 0])
+    ]
+    loss = loss_terms(
+        transport_B, endpoint_B, match.matched_BN, match.partner_BN, conf_BN, tensors["count_B"], conf_weight=0.1,
+        endpoint_weight=0.5, conf_target=target, impl="triton",
+    )  # fmt: skip
+    gradients = torch.autograd.grad(loss.total, leaves)
+    found = {name: x.detach() for name, x in loss._asdict().items()}
+    # means over the batch: an item alone has others
+    return {**found, **dict(zip(("dtransport", "dendpoint", "dconf"), gradients, strict=True))}
+
+
 def layer_cases() -> list[OperatorCase]:
     """The configurations of these operators."""
     single = {"dtype": torch.float32}
@@ -185,6 +204,8 @@ def layer_cases() -> list[OperatorCase]:
         ("segment_heads", "64x256 fp32", head_inputs, _heads, True),
         ("attention columns", "2 x 256x2048 bf16", column_inputs, _attend_columns, True),
         ("turn", "2048 fp32", turn_inputs, _turn, True),
+        ("loss_terms", "64x64 mass", segment_inputs, functools.partial(_loss_terms, target="mass"), True),
+        ("loss_terms", "64x64 partner", segment_inputs, functools.partial(_loss_terms, target="partner"), False),
     ]
     return [
         OperatorCase(operator=operator, name=name, make=make, solve=solve, trained=trained)

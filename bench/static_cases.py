@@ -281,6 +281,42 @@ def _turn() -> None:
     turn(torch.zeros(64, 4096, 3), torch.zeros(64, 64, 2, 3), scene_B, seed=353, step=1, impl="triton")
 
 
+def _loss_terms(conf_target: str) -> None:
+    from kernels.loss_terms import loss_terms
+
+    B, N = 64, 64
+    transport_B, endpoint_B, conf_BN = (torch.zeros(*shape, requires_grad=True) for shape in ((B,), (B,), (B, N)))
+    matched_BN, partner_BN = torch.zeros(B, N), torch.zeros(B, N, dtype=torch.int64)
+    loss = loss_terms(
+        transport_B,
+        endpoint_B,
+        matched_BN,
+        partner_BN,
+        conf_BN,
+        torch.zeros(B, dtype=torch.int32),
+        conf_weight=0.1,
+        endpoint_weight=0.5,
+        conf_target=conf_target,
+        impl="triton",
+    )
+    torch.autograd.grad(loss.total, [transport_B, endpoint_B, conf_BN])
+
+
+def _loss_terms_cases() -> list[Case]:
+    # name -> only on request
+    table = {"mass": False, "partner": True}
+    return [
+        Case(
+            operator="loss_terms",
+            name=f"64x64 {target}",
+            run=functools.partial(_loss_terms, target),
+            full=full,
+            trips=lambda launch: 2 if launch.kernel == "_loss_terms_fwd_kernel" else 1,
+        )
+        for target, full in table.items()
+    ]
+
+
 def _points(B: int, T: int, precision: str) -> None:
     from kernels.points import point_embedding
 
@@ -334,4 +370,5 @@ CASES = (
     *_gelu_cases(),
     *_heads_cases(),
     Case(operator="turn", name="64x4096 fp32", run=_turn),
+    *_loss_terms_cases(),
 )

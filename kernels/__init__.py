@@ -3,6 +3,7 @@
 from kernels.attention import gqa_attention, gqa_attention_reference
 from kernels.gelu import bias_gelu, bias_gelu_reference
 from kernels.heads import segment_heads, segment_heads_reference
+from kernels.loss_terms import Loss, loss_terms, loss_terms_reference
 from kernels.matching import Match, match_segments, match_segments_reference
 from kernels.points import point_embedding, point_embedding_reference
 from kernels.residual import Residual, residual_norm, residual_norm_reference
@@ -11,6 +12,7 @@ from kernels.sinkhorn import Transport, sinkhorn, sinkhorn_reference
 from kernels.turn import turn, turn_reference
 
 __all__ = [
+    "Loss",
     "Match",
     "Residual",
     "Transport",
@@ -18,6 +20,8 @@ __all__ = [
     "bias_gelu_reference",
     "gqa_attention",
     "gqa_attention_reference",
+    "loss_terms",
+    "loss_terms_reference",
     "match_segments",
     "match_segments_reference",
     "point_embedding",

@@ -2,18 +2,18 @@
 
     total = transport + conf_weight * BCE(conf, target) + cost_scale * endpoint_weight * endpoint
 
-`match_segments` (kernels/matching.py) gives transport, endpoint, matched mass and partner per scene; every term is the
-mean over the batch. The matched mass is also the run's pulse: a transport loss collapses in silence, by sending every
-segment to the dustbin.
+`match_segments` (kernels/matching.py) gives transport, endpoint, matched mass and partner per scene; `loss_terms`
+(kernels/loss_terms.py) makes every term the mean over the batch. The matched mass is also the run's pulse: a transport
+loss collapses in silence, by sending every segment to the dustbin.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from torch import nn
 
+from kernels.loss_terms import Loss, loss_terms
 from kernels.matching import match_segments
 from perceiver.model import Segments
 
@@ -49,23 +49,6 @@ class LossConfig:
             raise ValueError(f"iterations must be at least 1, got {self.iterations}")
 
 
-class Loss(NamedTuple):
-    """Scalars: the total, its terms before weighting, and the pulse of the run.
-
-    mass: matched mass per true segment, 1 when every one is matched.
-    kept: queries with a confidence above 0.5 per true segment.
-    dustbin: share of the queries' mass that went to the dustbin.
-    """
-
-    total: torch.Tensor
-    transport: torch.Tensor
-    conf: torch.Tensor
-    endpoint: torch.Tensor
-    mass: torch.Tensor
-    kept: torch.Tensor
-    dustbin: torch.Tensor
-
-
 def segment_loss(
     predicted: Segments,
     gt_BM23: torch.Tensor,
@@ -83,7 +66,7 @@ def segment_loss(
         gt_count_B: int32 [B].
         config: weights.
         endpoint_weight: 0 switches the endpoint term off.
-        impl: of the matching operator.
+        impl: of both operators.
     Returns:
         Loss; gradients flow from `total` only.
     """
@@ -103,18 +86,12 @@ def segment_loss(
         plan_gradient=config.plan_gradient,
         impl=impl,
     )
-    matched_BN = match.matched_BN.detach()
-    target_BN = matched_BN if config.conf_target == "mass" else (match.partner_BN >= 0).to(matched_BN.dtype)
-    conf = nn.functional.binary_cross_entropy_with_logits(predicted.conf_BN, target_BN)
-    transport, endpoint = match.transport_B.mean(), match.endpoint_B.mean()
-    total = transport + config.conf_weight * conf + config.cost_scale * endpoint_weight * endpoint
-    true_segments = gt_count_B.sum().clamp(min=1)
-    return Loss(
-        total=total,
-        transport=transport.detach(),
-        conf=conf.detach(),
-        endpoint=endpoint.detach(),
-        mass=matched_BN.sum() / true_segments,
-        kept=(predicted.conf_BN.detach() > 0).sum() / true_segments,
-        dustbin=1 - matched_BN.mean(),
+    return loss_terms(
+        *match,
+        predicted.conf_BN,
+        gt_count_B,
+        conf_weight=config.conf_weight,
+        endpoint_weight=config.cost_scale * endpoint_weight,
+        conf_target=config.conf_target,
+        impl=impl,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.static_step import Recorder
 from perceiver.model import Perceiver
 from perceiver.scene import stack_scenes
 from tests.small_models import SMALL, small_batch, stirred
@@ -120,6 +121,14 @@ def test_gradients_of_a_step_agree_with_float64():
         loss.total.backward()
         grads.append(torch.cat([p.grad.double().flatten() for p in model.parameters()]))
     assert (grads[0] - grads[1]).norm() < 1e-4 * grads[1].norm()
+
+
+def test_an_update_finds_the_gradient_of_its_loss_ready():
+    one_update()
+    with Recorder() as recorder:
+        one_update()
+    calls = [name for name, _ in recorder.calls]
+    assert calls and "ones_like" not in calls
 
 
 def test_mean_loss_is_that_of_the_first_rows_without_noise():

@@ -1,5 +1,6 @@
 """One update: augment, forward, loss, backward, clip, AdamW. A pure function of the state, the batch and the step."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -78,10 +79,16 @@ def advance(
         drop = DropoutKey(rate=recipe.model.dropout, seed=recipe.seed, step=step, scene_B=batch.scene_B)
     _, loss = predict_and_compare(model, batch, recipe, machine, endpoint_weight=stage.endpoint_weight, drop=drop)
     optimizer.zero_grad(set_to_none=True)
-    loss.total.backward()
+    loss.total.backward(_one(loss.total.device, loss.total.dtype))
     grad_norm = clip_gradients(model, recipe.optim.clip)
     optimizer.step()
     return StepResult(loss._replace(total=loss.total.detach()), grad_norm)
+
+
+@cache
+def _one(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient that a loss has of itself: `backward` would fill a new tensor with it in every update."""
+    return torch.ones((), dtype=dtype, device=device)
 
 
 @torch.no_grad()
