@@ -142,18 +142,22 @@ def load_vector(ptrs, mask):
     """Read numbers of one row or key each, inside a loop.
 
     A load of fewer elements than threads would be made in the layout of its use, that of a product's rows or columns,
-    in which every thread reads many of them. Here each is read as often as there are threads, and handed on.
+    in which every thread of a warpgroup's product reads half of them. So from 64 on, each is read twice or four times,
+    by one thread or two, and handed on.
     """
-    ptrs = ptrs[:, None] + tl.zeros([1, 2], tl.int32)
-    mask = None if mask is None else mask[:, None]
-    if ptrs.shape[0] < 128:
-        ptrs = ptrs[:, :, None] + tl.zeros([1, 1, 2], tl.int32)
-        mask = None if mask is None else mask[:, :, None]
-    values = tl.load(ptrs, mask=mask)
-    if ptrs.shape[0] < 128:
+    if ptrs.shape[0] < 64:
+        return tl.load(ptrs, mask=mask)
+    else:
+        ptrs = ptrs[:, None] + tl.zeros([1, 2], tl.int32)
+        mask = None if mask is None else mask[:, None]
+        if ptrs.shape[0] < 128:
+            ptrs = ptrs[:, :, None] + tl.zeros([1, 1, 2], tl.int32)
+            mask = None if mask is None else mask[:, :, None]
+        values = tl.load(ptrs, mask=mask)
+        if ptrs.shape[0] < 128:
+            values, _ = tl.split(values)
         values, _ = tl.split(values)
-    values, _ = tl.split(values)
-    return values
+        return values
 
 
 @triton.jit
