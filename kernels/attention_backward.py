@@ -22,6 +22,7 @@ from kernels.attention_tile import (
     finite,
     launch_options,
     load_rows,
+    load_vector,
     locate,
     store_rows,
     strides,
@@ -120,7 +121,7 @@ def _add_dq(
     valid = valid_keys(key_mask_ptr, b, S, count, s, BLOCK_S) if MASKED else None
     k = load_rows(k_ptr, stride_k, s, valid, BLOCK_S, D)
     v = load_rows(v_ptr, stride_v, s, valid, BLOCK_S, D)
-    rk = tl.load(rk_ptr + s + tl.arange(0, BLOCK_S), mask=valid)
+    rk = load_vector(rk_ptr + s + tl.arange(0, BLOCK_S), valid)
     # p = exp2( s rk rq c + mb - lse ),  dp = <do, v>
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * rk[None, :] * scale[:, None] - lse[:, None]
     if MASKED:
@@ -174,9 +175,9 @@ def _attention_dkv_kernel(
         row = (b * H + h) * T + offs_t
         q = load_rows(q_ptr + b * stride_q[0] + h * stride_q[1], stride_q[2], t, in_T, BLOCK_T, D)
         do = load_rows(do_ptr + b * stride_do[0] + h * stride_do[1], stride_do[2], t, in_T, BLOCK_T, D)
-        lse = tl.load(lse_ptr + row, mask=in_T)
-        delta = tl.load(delta_ptr + row, mask=in_T)
-        scale = tl.load(scale_ptr + row, mask=in_T)
+        lse = load_vector(lse_ptr + row, in_T)
+        delta = load_vector(delta_ptr + row, in_T)
+        scale = load_vector(scale_ptr + row, in_T)
         if RAGGED_T:
             lse = tl.where(in_T, lse, INF)
             delta = tl.where(in_T, delta, 0.0)

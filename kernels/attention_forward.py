@@ -25,6 +25,7 @@ from kernels.attention_tile import (
     count_of,
     launch_options,
     load_rows,
+    load_vector,
     locate,
     store_rows,
     strides,
@@ -155,7 +156,7 @@ def _attend(
     valid = valid_keys(key_mask_ptr, b, S, count, s, BLOCK_S) if MASKED else None
     k = load_rows(k_ptr, stride_k, s, valid, BLOCK_S, D)
     v = load_rows(v_ptr, stride_v, s, valid, BLOCK_S, D)
-    rk = tl.load(rk_ptr + s + tl.arange(0, BLOCK_S), mask=valid)
+    rk = load_vector(rk_ptr + s + tl.arange(0, BLOCK_S), valid)
     # x = s rk rq c + mb,  p = exp2( x )
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * rk[None, :] * scale[:, None]
     if MASKED:

@@ -138,6 +138,29 @@ def load_rows(ptr, stride, start, keep, ROWS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def load_vector(ptrs, mask):
+    """Read numbers of one row or key each, inside a loop.
+
+    A load of fewer elements than threads would be made in the layout of its use, that of a product's rows or columns,
+    in which every thread of a warpgroup's product reads half of them. So from 64 on, each is read twice or four times,
+    by one thread or two, and handed on.
+    """
+    if ptrs.shape[0] < 64:
+        return tl.load(ptrs, mask=mask)
+    else:
+        ptrs = ptrs[:, None] + tl.zeros([1, 2], tl.int32)
+        mask = None if mask is None else mask[:, None]
+        if ptrs.shape[0] < 128:
+            ptrs = ptrs[:, :, None] + tl.zeros([1, 1, 2], tl.int32)
+            mask = None if mask is None else mask[:, :, None]
+        values = tl.load(ptrs, mask=mask)
+        if ptrs.shape[0] < 128:
+            values, _ = tl.split(values)
+        values, _ = tl.split(values)
+        return values
+
+
+@triton.jit
 def store_rows(ptr, stride, start, keep, values, ROWS: tl.constexpr, D: tl.constexpr):
     """Store rows of a [*, D] matrix in its dtype, where kept."""
     tl.store(row_ptrs(ptr, stride, start, ROWS, D), values.to(ptr.dtype.element_ty), mask=keep[:, None])
