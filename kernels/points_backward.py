@@ -29,7 +29,8 @@ from kernels.points_tile import (
 )
 from kernels.reduce import sum_segments
 
-NORM_SEGMENT, NORM_ROWS = 512, 8
+# rows of a partial sum and of a tile, warps: enough programs for a GPU at 65,536 points, in few rounds of loads each
+NORM_SEGMENT, NORM_ROWS, NORM_WARPS = 128, 8, 4
 
 
 def point_layers_backward(
@@ -55,7 +56,8 @@ def point_layers_backward(
     sums_S2C = rinv_P.new_empty(triton.cdiv(rows, NORM_SEGMENT), 2, BLOCK_C)
     _point_norm_bwd_kernel[(len(sums_S2C),)](
         dmemory_PC.contiguous(), features_PK, gain_C.contiguous(), unit_PC, rinv_P, dy_PC, sums_S2C, P, rows,
-        C=C, WIDTH=WIDTH, BLOCK_C=BLOCK_C, SEGMENT=NORM_SEGMENT, BLOCK_P=NORM_ROWS, num_warps=4,
+        C=C, WIDTH=WIDTH, BLOCK_C=BLOCK_C, SEGMENT=NORM_SEGMENT, BLOCK_P=NORM_ROWS,
+        num_warps=NORM_WARPS,
     )  # fmt: skip
     dgain_C, dbias2_C = sum_segments(sums_S2C)[:, :C].unbind(0)
 
