@@ -5,7 +5,7 @@
 
 The kernels never hold the hidden layer, and no gradient is scattered: a table's row times its columns of W1 is a column
 of an effective first weight [J, 128] that meets one-hot features, b1 the column that meets a constant 1. That weight is
-made of a few differentiable products in float32, so that W1, b1 and the tables have their gradients from its gradient.
+made in float32 by `kernels.points_weights`, which takes its gradient back to W1, b1 and the tables.
 
 Shapes in names: B items, T points, P = B T points of all items, F frequencies, K columns of features, J hidden units,
 C channels.
@@ -18,6 +18,7 @@ from kernels.points_backward import point_layers_backward
 from kernels.points_eager import folded_features, point_features, point_layers
 from kernels.points_forward import empty_outputs, point_features_triton, point_layers_forward
 from kernels.points_tile import ROWS, WIDTH
+from kernels.points_weights import FirstLayer, empty_weights, fold_weights, unfold_gradients
 
 PRECISIONS = ("bf16", "tf32", "ieee")
 MAX_CHANNELS = 256
@@ -132,23 +133,14 @@ def _eager(points, tables, layers, point_count_B, precision: str | None, *, fold
 
 
 def _triton(points, tables, layers, point_count_B, precision: str) -> torch.Tensor:
-    (B, T, _), (weight1, bias1, *others) = points[0].shape, layers
+    (B, T, _), (frequencies_F3, *embedded) = points[0].shape, tables
+    weight1, bias1, *others = layers
     with torch.autocast(points[0].device.type, enabled=False):
-        classes = [len(table) for table in tables[1:]]
-        weight1_JK = _effective_weight1(*tables, weight1, bias1, votes=points[4] is not None)
-        features_PK = _features(*points, tables[0], point_count_B, classes, precision)
-        memory_PC, *_ = _forward(features_PK, weight1_JK, *others, point_count_B, B, T, precision)
+        classes = [len(table) for table in embedded]
+        features_PK = _features(*points, frequencies_F3, point_count_B, classes, precision)
+        parameters, sizes = (weight1, bias1, *embedded, *others), (len(frequencies_F3), B, T)
+        memory_PC, *_ = _forward(features_PK, *parameters, point_count_B, *sizes, precision)
         return memory_PC.view(B, T, len(others[-1]))
-
-
-def _effective_weight1(frequencies_F3, label_table, source_table, behind_table, weight1, bias1, *, votes: bool):
-    """[J, 128] for the columns of `kernels.points_forward`: a table's rows times its columns of weight1; bias1 last."""
-    tables = (label_table, source_table, behind_table)
-    widths = [3, 2 * len(frequencies_F3), *(table.shape[1] for table in tables), 2 * votes]
-    xyz, waves, *embedded, vote_columns = weight1.split(widths, dim=1)
-    columns = [waves, xyz, *(part @ table.T for part, table in zip(embedded, tables, strict=True)), vote_columns]
-    used = sum(part.shape[1] for part in columns)
-    return torch.cat([*columns, weight1.new_zeros(len(weight1), WIDTH - 1 - used), bias1[:, None]], dim=1)
 
 
 @torch.library.custom_op("ridgeline::point_features", mutates_args=())
@@ -177,59 +169,83 @@ def _(xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2, frequencies_F3, poi
 @torch.library.custom_op("ridgeline::point_layers_forward", mutates_args=())
 def _forward(
     features_PK: torch.Tensor,
-    weight1_JK: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    label_table: torch.Tensor,
+    source_table: torch.Tensor,
+    behind_table: torch.Tensor,
     weight2_CJ: torch.Tensor,
     bias2_C: torch.Tensor,
     gain_C: torch.Tensor,
     point_count_B: torch.Tensor | None,
+    frequencies: int,
     items: int,
     points_each: int,
     precision: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """memory_PC, and what the backward needs: rows normalised but without the gain, inverse norms."""
-    points = items * points_each
-    return point_layers_forward(features_PK, weight1_JK, weight2_CJ, bias2_C, gain_C, points, precision)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """memory_PC, and what the backward needs: rows normalised but without the gain, inverse norms, folded weights."""
+    first = FirstLayer(weight1, bias1, label_table, source_table, behind_table)
+    weights = fold_weights(features_PK, first, weight2_CJ, frequencies, precision)
+    return *point_layers_forward(features_PK, *weights, bias2_C, gain_C, items * points_each, precision), *weights
 
 
 @_forward.register_fake
-def _(features_PK, weight1_JK, weight2_CJ, bias2_C, gain_C, point_count_B, items, points_each, precision):
-    return empty_outputs(features_PK, gain_C, items * points_each)
+def _(features_PK, weight1, bias1, label, source, behind, weight2_CJ, bias2, gain_C, counts, F, B, T, precision):
+    outputs = empty_outputs(features_PK, gain_C, B * T)
+    return *outputs, *empty_weights(features_PK, weight2_CJ, precision)
 
 
 @torch.library.custom_op("ridgeline::point_layers_backward", mutates_args=())
 def _backward(
     dmemory_PC: torch.Tensor,
     features_PK: torch.Tensor,
-    weight1_JK: torch.Tensor,
-    weight2_CJ: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    label_table: torch.Tensor,
+    source_table: torch.Tensor,
+    behind_table: torch.Tensor,
     gain_C: torch.Tensor,
     unit_PC: torch.Tensor,
     rinv_P: torch.Tensor,
+    weight1_JK: torch.Tensor,
+    weight2_JC: torch.Tensor,
     point_count_B: torch.Tensor | None,
+    frequencies: int,
     points_each: int,
     precision: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of weight1_JK, weight2_CJ, bias2_C and gain_C."""
-    return point_layers_backward(
-        dmemory_PC, features_PK, weight1_JK, weight2_CJ, gain_C, unit_PC, rinv_P, point_count_B, points_each, precision
-    )
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of weight1, bias1, the three tables as one vector, weight2, and of gain and bias2 as [2, C]."""
+    first, C = FirstLayer(weight1, bias1, label_table, source_table, behind_table), len(gain_C)
+    if not len(dmemory_PC):
+        others = weight1.new_zeros(first.entries), weight1.new_zeros(C, len(bias1)), weight1.new_zeros(2, C)
+        return torch.zeros_like(weight1), torch.zeros_like(bias1), *others
+    tensors = (dmemory_PC, features_PK, weight1_JK, weight2_JC, gain_C, unit_PC, rinv_P, point_count_B)
+    dweight1_JK, dweight2_CJ, dvectors_2C = point_layers_backward(*tensors, len(bias1), points_each, precision)
+    return *unfold_gradients(dweight1_JK, first, frequencies), dweight2_CJ, dvectors_2C
 
 
 @_backward.register_fake
-def _(dmemory_PC, features_PK, weight1_JK, weight2_CJ, gain_C, *rest):
-    return tuple(torch.empty_like(x) for x in (weight1_JK, weight2_CJ, gain_C, gain_C))
+def _(dmemory_PC, features_PK, weight1, bias1, label, source, behind, gain_C, *rest):
+    C, entries = len(gain_C), FirstLayer(weight1, bias1, label, source, behind).entries
+    shapes = (weight1.shape, bias1.shape, (entries,), (C, len(bias1)), (2, C))
+    return tuple(weight1.new_empty(shape) for shape in shapes)
 
 
 def _setup_context(ctx, inputs, output):
-    features_PK, weight1_JK, weight2_CJ, _, gain_C, point_count_B, _, ctx.points_each, ctx.precision = inputs
+    features_PK, *first, _, _, gain_C, point_count_B, ctx.frequencies, _, ctx.points_each, ctx.precision = inputs
     # what is kept for the backward has no gradients, not tensors of zeros
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(features_PK, weight1_JK, weight2_CJ, gain_C, *output[1:], point_count_B)
+    ctx.save_for_backward(features_PK, *first, gain_C, *output[1:], point_count_B)
 
 
 def _gradients(ctx, dmemory_PC, *_):
-    gradients = _backward(dmemory_PC, *ctx.saved_tensors, ctx.points_each, ctx.precision)
-    return (None, *gradients, *[None] * 4)
+    settings = (ctx.frequencies, ctx.points_each, ctx.precision)
+    dweight1, dbias1, dtables, dweight2, (dgain, dbias2) = _backward(dmemory_PC, *ctx.saved_tensors, *settings)
+    # parts of one vector, side by side: each is dense and none overlaps another
+    tables = ctx.saved_tensors[3:6]
+    parts = dtables.split([table.numel() for table in tables])
+    dtables = [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
+    return (None, dweight1, dbias1, *dtables, dweight2, dbias2, dgain, *[None] * 5)
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gelu_tile import gelu_slope
-from kernels.points_forward import product_weights
 from kernels.points_tile import (
     SEGMENT,
     WIDTH,
@@ -37,50 +36,44 @@ def point_layers_backward(
     dmemory_PC: Tensor,
     features_PK: Tensor,
     weight1_JK: Tensor,
-    weight2_CJ: Tensor,
+    weight2_JC: Tensor,
     gain_C: Tensor,
     unit_PC: Tensor,
     rinv_P: Tensor,
     point_count_B: Tensor | None,
+    units: int,
     points_each: int,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of weight1 [J, 128], weight2, bias2 and gain in float32."""
-    (C, J), P, rows = weight2_CJ.shape, len(dmemory_PC), len(features_PK)
-    if not P:
-        zeros = torch.zeros_like
-        return zeros(weight1_JK), zeros(weight2_CJ), zeros(gain_C), zeros(gain_C)
-    weight1_JK, weight2_JC = product_weights(features_PK, weight1_JK, weight2_CJ, precision)
-    padded_J, BLOCK_C = weight2_JC.shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of weight1_JK and weight2 [C, units], and those of gain and bias2 as [2, C], in float32.
+
+    The weights are those of `kernels.points_weights.fold_weights`; there is a point at least.
+    """
+    C, P, rows = len(gain_C), len(dmemory_PC), len(features_PK)
+    J, BLOCK_C = weight2_JC.shape
     dy_PC = torch.empty_like(unit_PC)
-    sums_S2C = rinv_P.new_empty(triton.cdiv(rows, NORM_SEGMENT), 2, BLOCK_C)
+    sums_S2C = rinv_P.new_empty(triton.cdiv(rows, NORM_SEGMENT), 2, C)
     _point_norm_bwd_kernel[(len(sums_S2C),)](
         dmemory_PC.contiguous(), features_PK, gain_C.contiguous(), unit_PC, rinv_P, dy_PC, sums_S2C, P, rows,
-        C=C, WIDTH=WIDTH, BLOCK_C=BLOCK_C, SEGMENT=NORM_SEGMENT, BLOCK_P=NORM_ROWS,
-        num_warps=NORM_WARPS,
+        C=C, WIDTH=WIDTH, BLOCK_C=BLOCK_C, SEGMENT=NORM_SEGMENT, BLOCK_P=NORM_ROWS, num_warps=NORM_WARPS,
     )  # fmt: skip
-    dgain_C, dbias2_C = sum_segments(sums_S2C)[:, :C].unbind(0)
 
-    segments, settings = triton.cdiv(rows, SEGMENT), {"J": padded_J, "WIDTH": WIDTH, "BLOCK_C": BLOCK_C}
+    segments, settings = triton.cdiv(rows, SEGMENT), {"J": J, "WIDTH": WIDTH, "BLOCK_C": BLOCK_C, "SEGMENT": SEGMENT}
     counts = None if point_count_B is None else point_count_B.contiguous()
-    sums_SJC = rinv_P.new_empty(segments, padded_J, BLOCK_C)
+    sums_SCJ = rinv_P.new_empty(segments, C, units)
     options = launch_options("weight2", features_PK, precision)
-    _point_weight2_bwd_kernel[(padded_J // options["BLOCK_J"], segments)](
-        features_PK, dy_PC, weight1_JK, counts, sums_SJC, P, points_each, rows,
-        **settings, SEGMENT=SEGMENT, **options,
+    _point_weight2_bwd_kernel[(J // options["BLOCK_J"], segments)](
+        features_PK, dy_PC, weight1_JK, counts, sums_SCJ, P, points_each, rows, C=C, UNITS=units,
+        **settings, **options,
     )  # fmt: skip
-    dweight2_CJ = sum_segments(sums_SJC)[:J, :C].T.contiguous()
+    dweight2_CJ = sum_segments(sums_SCJ)
 
-    sums_SJK = rinv_P.new_empty(segments, padded_J, WIDTH)
+    sums_SJK = rinv_P.new_empty(segments, J, WIDTH)
     options = launch_options("weight1", features_PK, precision)
-    _point_weight1_bwd_kernel[(padded_J // options["BLOCK_J"], segments)](
-        features_PK, dy_PC, weight1_JK, weight2_JC, counts, sums_SJK, P, points_each, rows,
-        **settings, SEGMENT=SEGMENT, **options,
+    _point_weight1_bwd_kernel[(J // options["BLOCK_J"], segments)](
+        features_PK, dy_PC, weight1_JK, weight2_JC, counts, sums_SJK, P, points_each, rows, **settings, **options,
     )  # fmt: skip
-    dweight1_JK = sum_segments(sums_SJK)
-    if padded_J > J:
-        dweight1_JK = dweight1_JK[:J].clone()
-    return dweight1_JK, dweight2_CJ, dbias2_C.clone(), dgain_C.clone()
+    return sum_segments(sums_SJK), dweight2_CJ, sum_segments(sums_S2C)
 
 
 @triton.jit(do_not_specialize=["P", "rows"])
@@ -107,16 +100,16 @@ def _point_norm_bwd_kernel(
         tl.store(dy_ptr + offs_p[:, None] * BLOCK_C + offs_c[None, :], dy.to(dy_ptr.dtype.element_ty))
         dgain += dm * unit
         dbias += dy
-    sums_ptr += tl.program_id(0) * 2 * BLOCK_C + offs_c
-    tl.store(sums_ptr, tl.sum(dgain, 0))
-    tl.store(sums_ptr + BLOCK_C, tl.sum(dbias, 0))
+    sums_ptr += tl.program_id(0) * 2 * C + offs_c
+    tl.store(sums_ptr, tl.sum(dgain, 0), mask=in_C)
+    tl.store(sums_ptr + C, tl.sum(dbias, 0), mask=in_C)
 
 
 @triton.jit(do_not_specialize=["P", "T", "rows"])
 def _point_weight2_bwd_kernel(
     features_ptr, dy_ptr, weight1_ptr, count_ptr, sums_ptr, P, T, rows,
-    J: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+    C: tl.constexpr, UNITS: tl.constexpr, J: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr,
+    SEGMENT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     # dW2c^T = sum_p gelu(<W1c, F_p>) dy_p
     j = tl.program_id(0) * BLOCK_J
@@ -125,7 +118,11 @@ def _point_weight2_bwd_kernel(
     dw2 = add_gelu_products(
         dw2, weight1_ptr, j, features_ptr, dy_ptr, begin, end, rows, WIDTH, BLOCK_C, PRECISION, BLOCK_J, BLOCK_P
     )  # fmt: skip
-    store_tile(sums_ptr, tl.program_id(1) * J + j, BLOCK_C, None, dw2)
+    # as W2 lies, so that nothing is transposed after the sum over segments
+    offs_c, offs_j = tl.arange(0, BLOCK_C), j + tl.arange(0, BLOCK_J)
+    sums_ptr += tl.program_id(1).to(tl.int64) * C * UNITS
+    keep = (offs_c < C)[:, None] & (offs_j < UNITS)[None, :]
+    tl.store(sums_ptr + offs_c[:, None] * UNITS + offs_j[None, :], tl.trans(dw2), mask=keep)
 
 
 @triton.jit(do_not_specialize=["P", "T", "rows"])

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.points_tile import ROWS, WIDTH, add_gelu_products, hidden_block, launch_options, store_tile
+from kernels.points_tile import ROWS, WIDTH, add_gelu_products, launch_options, store_tile, whole_block
 from kernels.rms_norm import EPS
 
 FEATURE_ROWS, FEATURE_COLUMNS = 32, 32
@@ -48,13 +48,15 @@ def point_features_triton(
     return features_PK
 
 
-def point_layers_forward(features_PK, weight1_JK, weight2_CJ, bias2_C, gain_C, points: int, precision: str):
-    """Return memory_PC, and what the backward needs: the normalised rows before the gain, and the inverse norms."""
+def point_layers_forward(features_PK, weight1_JK, weight2_JC, bias2_C, gain_C, points: int, precision: str):
+    """Return memory_PC, and what the backward needs: the normalised rows before the gain, and the inverse norms.
+
+    The weights are those of `kernels.points_weights.fold_weights`.
+    """
     memory_PC, unit_PC, rinv_P = empty_outputs(features_PK, gain_C, points)
     rows = len(features_PK)
     if not rows:
         return memory_PC, unit_PC, rinv_P
-    weight1_JK, weight2_JC = product_weights(features_PK, weight1_JK, weight2_CJ, precision)
     J, BLOCK_C = weight2_JC.shape
     options = launch_options("forward", features_PK, precision)
     _point_layers_fwd_kernel[(rows // options["BLOCK_P"],)](
@@ -69,26 +71,6 @@ def empty_outputs(features_PK: Tensor, gain_C: Tensor, points: int) -> tuple[Ten
     C, rows = len(gain_C), len(features_PK)
     unit_PC = features_PK.new_empty(rows, whole_block(C))
     return features_PK.new_empty(points, C), unit_PC, features_PK.new_empty(rows, dtype=torch.float32)
-
-
-def product_weights(features_PK: Tensor, weight1_JK: Tensor, weight2_CJ: Tensor, precision: str):
-    """Both weights in the products' dtype, zeros up to whole blocks, the second one transposed."""
-    C, J = weight2_CJ.shape
-    padded_J, dtype = J + -J % hidden_block(features_PK, precision), features_PK.dtype
-    return _padded(weight1_JK, padded_J, WIDTH, dtype), _padded(weight2_CJ.T, padded_J, whole_block(C), dtype)
-
-
-def _padded(matrix: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A dense matrix in `dtype`, zeros past the given one: a launch where nothing is padded."""
-    allocate = matrix.new_empty if matrix.shape == (rows, columns) else matrix.new_zeros
-    padded = allocate(rows, columns, dtype=dtype)
-    padded[: matrix.shape[0], : matrix.shape[1]].copy_(matrix)
-    return padded
-
-
-def whole_block(C: int) -> int:
-    """Channels of a tile: a power of two, and enough for a product."""
-    return 1 << max(4, (C - 1).bit_length())
 
 
 @triton.jit(do_not_specialize=["P", "T"])

@@ -51,6 +51,11 @@ def hidden_block(tensor: torch.Tensor, precision: str) -> int:
     return max(launch_options(kernel, tensor, precision)["BLOCK_J"] for kernel in KERNELS)
 
 
+def whole_block(C: int) -> int:
+    """Channels of a tile: a power of two, and enough for a product."""
+    return 1 << max(4, (C - 1).bit_length())
+
+
 @triton.jit
 def add_gelu_products(
     y, a_ptr, row, b_ptr, c_ptr, begin, end, rows,

@@ -7,8 +7,9 @@ import torch
 
 from kernels import points_backward
 from kernels.points import point_embedding, point_embedding_reference
-from kernels.points_eager import point_features
+from kernels.points_eager import folded_features, point_features
 from kernels.points_forward import point_features_triton, point_layers_forward
+from kernels.points_weights import FirstLayer, fold_weights
 from perceiver.model import Perceiver, PerceiverConfig
 from tests.accuracy import assert_accurate
 from tests.small_models import SMALL, small_batch, stirred
@@ -119,6 +120,42 @@ def test_gradients_over_several_segments_are_those_of_float64(monkeypatch, devic
         assert_accurate(x, truth=truth[name], eager=eager[name], name=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_folded_in_float32_and_rounded_once(dtype, device):
+    points, weights, _ = problem(T=1, J=20, F=5)
+    names = ("weight1", "bias1", "label_table", "source_table", "behind_table")
+    first, weight2 = FirstLayer(*(weights[name] for name in names)), weights["weight2"]
+    features = torch.empty(0, 128, dtype=dtype, device=device)
+    on = FirstLayer(*(x.to(device) for x in first)), weight2.to(device)
+    folded1, folded2 = (x.cpu() for x in fold_weights(features, *on, 5, "ieee"))
+    tables = [x.double() for x in (weights["frequencies_F3"], *first.tables)]
+    _, truth = folded_features([x.double() if x.is_floating_point() else x for x in points], tables, first[0].double())
+    truth = torch.cat([truth[:, 3:13], truth[:, :3], truth[:, 13:]], dim=1)
+    K = truth.shape[1]
+    allowed = torch.finfo(dtype).eps / 2 * truth.abs() + 2e-6
+    assert ((folded1[:20, :K] - truth).abs() <= allowed).all()
+    assert torch.equal(folded1[:20, -1], first.bias1.to(dtype))
+    assert torch.equal(folded2[:20, :24], weight2.T.to(dtype))
+    assert not folded1[:20, K:-1].any()
+    assert not folded1[20:].any()
+    assert not folded2[20:].any()
+    assert not folded2[:, 24:].any()
+
+
+def test_gradients_may_be_scaled_in_place_one_by_one(device):
+    """As clipping does: none is a view of another, although some share a buffer."""
+    points, weights, dmemory = problem(T=20, J=16, C=16)
+    weights = {name: x.to(device).requires_grad_(name != "frequencies_F3") for name, x in weights.items()}
+    memory = point_embedding(*(x.to(device) for x in points), **weights, impl="triton")
+    memory.backward(dmemory.to(device))
+    gradients = [x.grad for x in weights.values() if x.requires_grad]
+    before = [x.clone() for x in gradients]
+    for x in gradients:
+        assert x.is_contiguous()
+        x.mul_(2)
+    assert all(torch.equal(x, 2 * y) for x, y in zip(gradients, before, strict=True))
+
+
 def test_gradcheck_in_float64():
     points, weights, _ = problem(1, 3, 4, 3, F=2)
     points = [x.double() if x.is_floating_point() else x for x in points]
@@ -227,12 +264,12 @@ def test_registration_passes_opcheck(device):
     operators = torch.ops.ridgeline
     arguments = (*points, weights["frequencies_F3"], counts, [13, 2, 29], "bf16")
     torch.library.opcheck(operators.point_features.default, arguments)
-    layers = [operators.point_features(*arguments), torch.randn(16, 128, device=device)]
-    layers += [weights[name] for name in ("weight2", "bias2", "gain")]
+    first = [weights[name] for name in ("weight1", "bias1", "label_table", "source_table", "behind_table")]
+    layers = [operators.point_features(*arguments), *first, *(weights[name] for name in ("weight2", "bias2", "gain"))]
     differentiable = [layers[0], *(x.clone().requires_grad_() for x in layers[1:])]
-    torch.library.opcheck(operators.point_layers_forward.default, (*differentiable, counts, 2, 30, "bf16"))
-    memory, unit, rinv = operators.point_layers_forward(*layers, counts, 2, 30, "bf16")
-    backward = (memory, *layers[:3], layers[4], unit, rinv, counts, 30, "bf16")
+    torch.library.opcheck(operators.point_layers_forward.default, (*differentiable, counts, 32, 2, 30, "bf16"))
+    memory, *kept = operators.point_layers_forward(*layers, counts, 32, 2, 30, "bf16")
+    backward = (memory, layers[0], *first, weights["gain"], *kept, counts, 32, 30, "bf16")
     torch.library.opcheck(operators.point_layers_backward.default, backward)
 
 
@@ -335,7 +372,7 @@ def test_the_kernels_refuse_float64_and_gradients_of_points(device):
 
 def test_a_block_without_points_that_count_is_zero(device):
     features = torch.zeros(128, 128, device=device)
-    weights = [torch.randn(*shape, device=device) for shape in ((16, 128), (16, 16), (16,), (16,))]
+    weights = [torch.randn(*shape, device=device) for shape in ((32, 128), (32, 16), (16,), (16,))]
     memory, unit, _ = point_layers_forward(features, *weights, 128, "ieee")
     assert not memory.any()
     assert not unit.any()
