@@ -8,15 +8,17 @@ import torch
 import triton
 import triton.language as tl
 
-# many segments and few columns (a vector of 256 or 1024): narrow programs, so that there are enough of them
-BLOCK_S, BLOCK_N, WARPS = 128, 16, 4
+# lanes of a sum at most, elements of a tile, warps: with many segments few columns, so that there are programs enough
+BLOCK_S, TILE, WARPS = 128, 2048, 4
+# rounds of the lanes whose loads are under way at a time
+UNROLL = 4
 
 
 def sum_segments(partial_SX: torch.Tensor) -> torch.Tensor:
     """Sum over the first axis in float32.
 
-        sum_s partial_s: lanes i = 0 .. BLOCK_S - 1 first add s = i, i + BLOCK_S, ... each in ascending order, then a
-        tree adds the lanes
+        sum_s partial_s: lanes i = 0 .. L - 1 first add s = i, i + L, ... each in ascending order, then a tree adds the
+        lanes; L is the power of two from S on, between 8 and 128
 
     Args:
         partial_SX: contiguous float32 [S, ...], on a device where Triton kernels run.
@@ -27,18 +29,23 @@ def sum_segments(partial_SX: torch.Tensor) -> torch.Tensor:
     out_X = partial_SX.new_empty(partial_SX.shape[1:])
     S, N = len(partial_SX), out_X.numel()
     if N:
-        _sum_segments_kernel[(triton.cdiv(N, BLOCK_N),)](
-            partial_SX, out_X, S, N, BLOCK_S=BLOCK_S, BLOCK_N=BLOCK_N, num_warps=WARPS
-        )
+        lanes = min(BLOCK_S, triton.next_power_of_2(max(S, 8)))
+        columns = TILE // lanes
+        _sum_segments_kernel[(triton.cdiv(N, columns),)](
+            partial_SX, out_X, S, N, BLOCK_S=lanes, BLOCK_N=columns, UNROLL=min(UNROLL, max(1, S // lanes)),
+            num_warps=WARPS,
+        )  # fmt: skip
     return out_X
 
 
 @triton.jit(do_not_specialize=["S", "N"])
-def _sum_segments_kernel(partial_ptr, out_ptr, S, N, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
+def _sum_segments_kernel(
+    partial_ptr, out_ptr, S, N, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr
+):
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     lanes = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
-    for start in tl.range(0, S, BLOCK_S):
+    for start in tl.range(0, S, BLOCK_S, loop_unroll_factor=UNROLL):
         rows = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
         keep = (rows < S)[:, None] & mask_n[None, :]
         lanes += tl.load(partial_ptr + rows[:, None] * N + offs_n[None, :], mask=keep, other=0.0)

@@ -6,7 +6,7 @@ import torch
 from kernels.reduce import BLOCK_S, sum_segments
 
 
-@pytest.mark.parametrize("S, C", [(1, 1), (3, 40), (BLOCK_S, 16), (3 * BLOCK_S + 5, 20)])
+@pytest.mark.parametrize("S, C", [(1, 1), (3, 40), (16, 300), (BLOCK_S, 16), (3 * BLOCK_S + 5, 20), (9 * BLOCK_S, 3)])
 def test_rows_are_added_to_float32_accuracy(S, C, device):
     partial_SN = torch.randn(S, C, generator=torch.Generator().manual_seed(0)).to(device)
     exact = partial_SN.double().sum(0)
@@ -24,8 +24,9 @@ def test_a_lane_adds_in_ascending_order(device):
     assert sum_segments(partial_SN.flip(0)).tolist() == [0.0, 1.0]
 
 
-def test_columns_do_not_meet(device):
-    partial_SN = torch.randn(BLOCK_S + 1, 33, generator=torch.Generator().manual_seed(0)).to(device)
+@pytest.mark.parametrize("S", [12, BLOCK_S + 1])
+def test_columns_do_not_meet(S, device):
+    partial_SN = torch.randn(S, 33, generator=torch.Generator().manual_seed(0)).to(device)
     alone = torch.cat([sum_segments(partial_SN[:, c : c + 1].contiguous()) for c in range(33)])
     assert torch.equal(sum_segments(partial_SN), alone)
 
