@@ -18,8 +18,9 @@ from torch.nn.functional import linear
 
 from kernels.attention_columns import KeyValueColumns
 from kernels.gelu import bias_gelu
+from kernels.reduce import JointSums
 from kernels.residual import residual_norm
-from perceiver.blocks import DropoutKey, FeedForwardBlock, GroupedQueryAttention, Layer
+from perceiver.blocks import AttentionBlock, DropoutKey, FeedForwardBlock, GroupedQueryAttention, Layer
 
 _Weights = dict[tuple[nn.Linear, ...], torch.Tensor]
 
@@ -38,6 +39,8 @@ def fused_layers(
     Args:
         layers: the first of them reads the memory.
         as_memory: return the stream in the dtype of the products, for another stack to read; else in float32.
+    Raises:
+        ValueError: there is no layer, or the first one has no cross-attention: the table would meet no item.
     """
     device = memory_BSC.device
     autocast = torch.is_autocast_enabled(device.type)
@@ -46,8 +49,11 @@ def fused_layers(
     if drop is not None:
         step = drop.step if isinstance(drop.step, torch.Tensor) else torch.full((1,), drop.step, device=device)
         draws = {"rate": drop.rate, "seed": drop.seed, "step": step, "scene_B": drop.scene_B}
+    stack = cast(list[Layer], list(layers))
+    if not stack or stack[0].cross is None:
+        raise ValueError(f"layers must begin with one that has a cross-attention, got {len(stack)} layers")
     with torch.autocast(device.type, enabled=False):
-        return _run(cast(list[Layer], list(layers)), table_LC, memory_BSC.to(dtype), key_count_B, draws, as_memory)
+        return _run(stack, table_LC, memory_BSC.to(dtype), key_count_B, draws, as_memory)
 
 
 def _run(layers: list[Layer], table_LC, memory_BSC, key_count_B, draws, as_memory: bool) -> torch.Tensor:
@@ -57,14 +63,15 @@ def _run(layers: list[Layer], table_LC, memory_BSC, key_count_B, draws, as_memor
     selves = {layer.self_attn for layer in layers}
     blocks = [block for layer in layers for block in (layer.cross, layer.self_attn, layer.ffn) if block is not None]
     weights = _weights(layers, dtype)
-    from_memory = _keys_and_values(memory_BSC, [cross.attn for cross in crosses], weights)
-    stream: Any = residual_norm(table_LC[None], None, blocks[0].norm.weight, dtype=dtype, impl="triton")
+    sums = _sums(blocks)
+    from_memory = _keys_and_values(memory_BSC, [cross.attn for cross in crosses], weights, sums)
+    stream: Any = residual_norm(table_LC[None], None, blocks[0].norm.weight, dtype=dtype, sums=sums, impl="triton")
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         bias_C = None
         if isinstance(block, FeedForwardBlock):
-            y_BTC, bias_C = _feed_forward(block, stream.normed_BTC, weights), block.ffn.linear2.bias
+            y_BTC, bias_C = _feed_forward(block, stream.normed_BTC, weights, sums), block.ffn.linear2.bias
         elif block in selves:
-            from_stream = _keys_and_values(stream.copy_BTC, [block.attn], weights)
+            from_stream = _keys_and_values(stream.copy_BTC, [block.attn], weights, sums)
             y_BTC = _attend(block.attn, stream.normed_BTC, from_stream, None, weights)
         else:
             y_BTC = _attend(block.attn, stream.normed_BTC, from_memory, key_count_B, weights)
@@ -76,6 +83,7 @@ def _run(layers: list[Layer], table_LC, memory_BSC, key_count_B, draws, as_memor
             place=block.place,
             dtype=dtype,
             copy=as_memory if following is None else following in selves,
+            sums=sums,
             impl="triton",
             **draws,
         )
@@ -91,20 +99,33 @@ def _attend(
     return linear(o_BHTD.transpose(1, 2).flatten(2), weights[attn.out_proj,])
 
 
-def _feed_forward(block: FeedForwardBlock, x_BTC, weights: _Weights) -> torch.Tensor:
+def _feed_forward(block: FeedForwardBlock, x_BTC, weights: _Weights, sums: JointSums) -> torch.Tensor:
     """The feed-forward up to its last product, without that one's bias."""
-    hidden_BTF = bias_gelu(linear(x_BTC, weights[block.ffn.linear1,]), block.ffn.linear1.bias, impl="triton")
+    hidden_BTF = bias_gelu(linear(x_BTC, weights[block.ffn.linear1,]), block.ffn.linear1.bias, sums=sums, impl="triton")
     return linear(hidden_BTF, weights[block.ffn.linear2,])
 
 
-def _keys_and_values(memory_BSC, readers: Sequence[GroupedQueryAttention], weights: _Weights) -> KeyValueColumns:
+def _keys_and_values(
+    memory_BSC, readers: Sequence[GroupedQueryAttention], weights: _Weights, sums: JointSums
+) -> KeyValueColumns:
     """The keys and values of the readers, in their order, from one product."""
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    return KeyValueColumns(linear(memory_BSC, weights[_key_value_projections(readers)]), precision=precision)
+    return KeyValueColumns(linear(memory_BSC, weights[_key_value_projections(readers)]), precision=precision, sums=sums)
 
 
 def _key_value_projections(readers: Sequence[GroupedQueryAttention]) -> tuple[nn.Linear, ...]:
     return tuple(projection for attn in readers for projection in (attn.k_proj, attn.v_proj))
+
+
+def _sums(blocks: Sequence[AttentionBlock | FeedForwardBlock]) -> JointSums:
+    """The vectors of a stack, whose gradients are sums over all rows."""
+    vectors = [block.norm.weight for block in blocks]
+    for block in blocks:
+        if isinstance(block, FeedForwardBlock):
+            vectors += [block.ffn.linear1.bias, block.ffn.linear2.bias]
+        else:
+            vectors.append(block.attn.log_scale)
+    return JointSums(vectors)
 
 
 def _weights(layers: list[Layer], dtype: torch.dtype) -> _Weights:
