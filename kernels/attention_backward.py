@@ -63,7 +63,7 @@ def attention_backward(
 
 def segments(q_BHTD: torch.Tensor, precision: str) -> int:
     """How many partial sums of the gradient of log_scale the backward leaves per head: one for a block of queries."""
-    return len(q_BHTD) * triton.cdiv(q_BHTD.shape[2], launch_options("dq", q_BHTD, precision)["BLOCK_T"])
+    return len(q_BHTD) * -(-q_BHTD.shape[2] // launch_options("dq", q_BHTD, precision)["BLOCK_T"])
 
 
 @triton.jit(do_not_specialize=["T", "S"])

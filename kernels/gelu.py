@@ -81,7 +81,7 @@ def _backward(dy_BTC: torch.Tensor, x_BTC: torch.Tensor, bias_C: torch.Tensor) -
 
 
 def _segments(x_BTC: torch.Tensor) -> int:
-    return triton.cdiv(x_BTC.shape[0] * x_BTC.shape[1], SEGMENT)
+    return -(-(x_BTC.shape[0] * x_BTC.shape[1]) // SEGMENT)
 
 
 def _bias_gelu_bwd(dy_BTC, x_BTC, bias_C, partials_SC) -> torch.Tensor:
