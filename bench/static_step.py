@@ -35,7 +35,7 @@ from bench.static_cases import SPILLS_ALLOWED, Case
 
 SHAPES = {"32x2048": (32, 2048), "64x4096": (64, 4096)}
 ITERATIONS, FEATURES = 20, 95
-PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default")
+PRODUCTS = ("aten.mm.default", "aten.mm.out", "aten.addmm.default", "aten.bmm.default")
 # they launch nothing: a tensor gets its memory or another shape
 FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "promote_types")
 # scenes x points -> TFLOP and milliseconds on an H200 that the design asks for
@@ -72,15 +72,15 @@ class Recorder(TorchDispatchMode):
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
         if str(func) in PRODUCTS:
-            return self._product(*args[-2:])
+            return self._product(*args[-2:], **kwargs)
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if func.namespace == "aten" and name not in FREE and not _is_view(func):
             self.calls.append((name, _bytes([args, kwargs, out])))
         return out
 
-    def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        out = a.new_empty(*a.shape[:-1], b.shape[-1])
+    def _product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        out = a.new_empty(*a.shape[:-1], b.shape[-1]) if out is None else out
         batch = len(a) if a.dim() == 3 else 1
         shape = (batch, a.shape[-2], a.shape[-1], b.shape[-1])
         self.products.append(Product(shape, a.dtype, _bytes([a, b, out])))

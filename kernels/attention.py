@@ -10,11 +10,12 @@ import math
 
 import torch
 
-from kernels.attention_backward import attention_backward
+from kernels.attention_backward import attention_backward, segments
 from kernels.attention_eager import NORM_EPS, attention_eager, attention_eager_backward, compute_dtype
 from kernels.attention_forward import attention_forward
 from kernels.attention_tile import dense_rows, keys_to_loop_over
 from kernels.dispatch import resolve, values_are_readable
+from kernels.reduce import sum_segments
 
 HEAD_WIDTHS = (16, 32, 64, 128)
 
@@ -161,7 +162,10 @@ def _backward(
         return zeros(q_BHTD), zeros(k_BGSD), zeros(v_BGSD), zeros(log_scale_H)
     if impl == "triton":
         inputs = _kernel_inputs(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS)
-        return attention_backward(dense_rows(do_BHTD), *inputs, o_BHTD, lse_BHT, rq_BHT, rk_BGS, precision)
+        dlog_scale_SH = lse_BHT.new_empty(segments(q_BHTD, precision), q_BHTD.shape[1])
+        needed = (o_BHTD, lse_BHT, rq_BHT, rk_BGS, precision)
+        gradients = attention_backward(dense_rows(do_BHTD), *inputs, *needed, dlog_scale_SH)
+        return *gradients, sum_segments(dlog_scale_SH).to(log_scale_H.dtype)
     valid_BS = _valid_keys(key_count_B, key_mask_BS, k_BGSD.shape[2])
     return attention_eager_backward(
         do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid_BS, o_BHTD, lse_BHT, rq_BHT, rk_BGS

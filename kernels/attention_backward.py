@@ -3,7 +3,7 @@
     p = exp2( x - lse_i ) <= 1, x as in the forward,   ds = p (dp - delta_i),   dp = <do_i, v_j>,   delta = <do, o>
 
     dq    one program per block of queries:  dqh = tau sum_j ds rk_j k_j,  dot = <rq q, dqh>
-              dq = rq (dqh - rq q dot),  d log_scale = sum over items and queries of dot
+              dq = rq (dqh - rq q dot),  d log_scale = sum over items and queries of dot, by `kernels.reduce`
     dkv   one program per block of keys of a kv head; heads of the group and queries in ascending order:
               B_j = sum_hi ds (rq_i tau) q_i,  dk = rk (B - rk k <rk k, B>),  dv = sum_hi p do
 
@@ -32,26 +32,25 @@ from kernels.attention_tile import (
 
 def attention_backward(
     do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS, o_BHTD, lse_BHT, rq_BHT, rk_BGS, precision,
-    into=None,
+    dlog_scale_SH, into=None,
 ):  # fmt: skip
-    """Return the gradients of q, k, v and log_scale; those of k and v in the tensors `into`, where given."""
+    """Return the gradients of q, k and v, those of k and v in the tensors `into`, where given.
+
+    The partial sums of the gradient of log_scale go to the contiguous float32 tensor [`segments`, H].
+    """
     (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
     dq_BHTD = torch.empty_like(q_BHTD)
     dk_BGSD, dv_BGSD = into or (torch.empty_like(k_BGSD), torch.empty_like(v_BGSD))
     delta_BHT, scale_BHT = torch.empty_like(lse_BHT), torch.empty_like(lse_BHT)
-    dlog_scale_H = torch.empty_like(log_scale_H)
     settings = {"H": H, "R": H // G, "D": D, "PRECISION": precision}
     rows = [strides(x) for x in (q_BHTD, k_BGSD, v_BGSD, do_BHTD)]
 
     options = launch_options("dq", q_BHTD, precision)
-    blocks = triton.cdiv(T, options["BLOCK_T"])
-    dot = q_BHTD.new_empty(B, H, blocks, dtype=torch.float32)
-    _attention_dq_kernel[(B * H * blocks,)](
+    _attention_dq_kernel[(H * segments(q_BHTD, precision),)](
         q_BHTD, k_BGSD, v_BGSD, do_BHTD, log_scale_H, rq_BHT, rk_BGS, lse_BHT, key_count_B, key_mask_BS,
-        o_BHTD, dq_BHTD, delta_BHT, scale_BHT, dot, *rows, strides(o_BHTD), strides(dq_BHTD), T, S,
+        o_BHTD, dq_BHTD, delta_BHT, scale_BHT, dlog_scale_SH, *rows, strides(o_BHTD), strides(dq_BHTD), T, S,
         **settings, **options,
     )  # fmt: skip
-    _attention_dlog_scale_kernel[(H,)](dot, dlog_scale_H, B, blocks, H=H, BLOCK=256, num_warps=4)
 
     options = launch_options("dkv", q_BHTD, precision)
     _attention_dkv_kernel[(B * G * triton.cdiv(S, options["BLOCK_S"]),)](
@@ -59,14 +58,19 @@ def attention_backward(
         dk_BGSD, dv_BGSD, *rows, strides(dk_BGSD), strides(dv_BGSD), T, S,
         **settings, RAGGED_T=T % options["BLOCK_T"] > 0, **options,
     )  # fmt: skip
-    return dq_BHTD, dk_BGSD, dv_BGSD, dlog_scale_H
+    return dq_BHTD, dk_BGSD, dv_BGSD
+
+
+def segments(q_BHTD: torch.Tensor, precision: str) -> int:
+    """How many partial sums of the gradient of log_scale the backward leaves per head: one for a block of queries."""
+    return len(q_BHTD) * -(-q_BHTD.shape[2] // launch_options("dq", q_BHTD, precision)["BLOCK_T"])
 
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, log_scale_ptr, rq_ptr, rk_ptr, lse_ptr, key_count_ptr, key_mask_ptr,
-    o_ptr, dq_ptr, delta_ptr, scale_ptr, dot_ptr, stride_q, stride_k, stride_v, stride_do, stride_o, stride_dq, T, S,
-    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    o_ptr, dq_ptr, delta_ptr, scale_ptr, dlog_scale_ptr, stride_q, stride_k, stride_v, stride_do, stride_o, stride_dq,
+    T, S, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     b, h, t = locate(tl.program_id(0), T, H, BLOCK_T)
@@ -106,7 +110,8 @@ def _attention_dq_kernel(
     dqh *= tau
     unit = q.to(tl.float32) * rq[:, None]
     dot = tl.sum(unit * dqh, 1)
-    tl.store(dot_ptr + tl.program_id(0), tl.sum(dot, 0))
+    block = b * tl.cdiv(T, BLOCK_T) + t // BLOCK_T
+    tl.store(dlog_scale_ptr + block * H + h, tl.sum(dot, 0))
     inside = tl.where(rq < SHORT, dot, 0.0)
     dq = (dqh - unit * inside[:, None]) * rq[:, None]
     store_rows(dq_ptr + b * stride_dq[0] + h * stride_dq[1], stride_dq[2], t, in_T, dq, BLOCK_T, D)
@@ -132,18 +137,6 @@ def _add_dq(
     # dqh = tau sum_j p (dp - delta) rk k
     ds = p * (dp - delta[:, None]) * rk[None, :]
     return tl.dot(finite(ds, k.dtype), k, dqh, input_precision=PRECISION)
-
-
-@triton.jit(do_not_specialize=["B", "blocks"])
-def _attention_dlog_scale_kernel(dot_ptr, dlog_scale_ptr, B, blocks, H: tl.constexpr, BLOCK: tl.constexpr):
-    # d log_scale = sum over items and blocks of queries, BLOCK of them as one tree, then the trees in ascending order
-    h = tl.program_id(0)
-    total = 0.0
-    for start in tl.range(0, B * blocks, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        dot = tl.load(dot_ptr + (i // blocks * H + h) * blocks + i % blocks, mask=i < B * blocks, other=0.0)
-        total += tl.sum(dot, 0)
-    tl.store(dlog_scale_ptr + h, total)
 
 
 @triton.jit(do_not_specialize=["T", "S"])

@@ -8,9 +8,10 @@ product on to the next, and its gradient walks back the same way: the last atten
 import torch
 
 from kernels.attention import _check, _check_options, _kernel_inputs
-from kernels.attention_backward import attention_backward
+from kernels.attention_backward import attention_backward, segments
 from kernels.attention_tile import dense_rows
 from kernels.dispatch import resolve
+from kernels.reduce import JointSums, Summand, sum_segments
 
 
 class KeyValueColumns:
@@ -19,12 +20,13 @@ class KeyValueColumns:
     Args:
         kv_BSX: float32, bfloat16 or float16, where Triton kernels run.
         precision: of the products of float32 inputs on a GPU: "tf32" or "ieee".
+        sums: where the gradients of log_scale are added up, together with those of other operators.
     Nothing else may read the product that is handed on: its gradient is written in place.
     Determinism: that of `kernels.gqa_attention`.
     """
 
-    def __init__(self, kv_BSX: torch.Tensor, *, precision: str = "tf32"):
-        self.kv_BSX, self.end, self._precision = kv_BSX, 0, precision
+    def __init__(self, kv_BSX: torch.Tensor, *, precision: str = "tf32", sums: JointSums | None = None):
+        self.kv_BSX, self.end, self._precision, self._sums = kv_BSX, 0, precision, sums
 
     def attend(
         self,
@@ -53,8 +55,13 @@ class KeyValueColumns:
         _check(q_BHTD, *_columns(self.kv_BSX, start, end, kv_heads), log_scale_H, key_count_B, None)
         _check_options(q_BHTD, log_scale_H, "static", self._precision, 1)
         self.end = end
-        arguments = (q_BHTD, self.kv_BSX, log_scale_H, key_count_B, start, end, kv_heads, self._precision)
-        o_BHTD, self.kv_BSX = _Attend.apply(*arguments)
+        dlog_scale = None
+        if self._sums is not None and torch.is_grad_enabled():
+            log_scale_H, dlog_scale = self._sums.take(log_scale_H, segments(q_BHTD, self._precision))
+        columns = (start, end, kv_heads)
+        o_BHTD, self.kv_BSX = _Attend.apply(
+            q_BHTD, self.kv_BSX, log_scale_H, key_count_B, columns, self._precision, dlog_scale
+        )
         return o_BHTD
 
 
@@ -62,8 +69,8 @@ class _Attend(torch.autograd.Function):
     """o_BHTD, and kv_BSX to hand on."""
 
     @staticmethod
-    def forward(ctx, q_BHTD, kv_BSX, log_scale_H, key_count_B, start: int, end: int, kv_heads: int, precision: str):
-        ctx.columns, ctx.precision = (start, end, kv_heads), precision
+    def forward(ctx, q_BHTD, kv_BSX, log_scale_H, key_count_B, columns, precision: str, dlog_scale: Summand | None):
+        ctx.columns, ctx.precision, ctx.dlog_scale = columns, precision, dlog_scale
         ctx.set_materialize_grads(False)
         k_BGSD, v_BGSD = _columns(kv_BSX, *ctx.columns)
         operator = torch.ops.ridgeline.gqa_attention_forward
@@ -84,12 +91,15 @@ class _Attend(torch.autograd.Function):
         if do_BHTD is None or 0 in (q_BHTD.numel(), kv_BSX.numel()):
             dk_BGSD.zero_()
             dv_BGSD.zero_()
-            return torch.zeros_like(q_BHTD), dkv_BSX, torch.zeros_like(log_scale_H), *[None] * 5
+            return torch.zeros_like(q_BHTD), dkv_BSX, torch.zeros_like(log_scale_H), *[None] * 4
         inputs = _kernel_inputs(q_BHTD, *_columns(kv_BSX, *ctx.columns), log_scale_H, key_count_B, None)
-        dq_BHTD, _, _, dlog_scale_H = attention_backward(
-            dense_rows(do_BHTD), *inputs, *outputs, ctx.precision, into=(dk_BGSD, dv_BGSD)
+        joint, H = ctx.dlog_scale, len(log_scale_H)
+        partial_SH = joint.partial_SC if joint else outputs[1].new_empty(segments(q_BHTD, ctx.precision), H)
+        dq_BHTD, _, _ = attention_backward(
+            dense_rows(do_BHTD), *inputs, *outputs, ctx.precision, partial_SH, into=(dk_BGSD, dv_BGSD)
         )
-        return dq_BHTD, dkv_BSX, dlog_scale_H, *[None] * 5
+        dlog_scale_H = joint.sum_C if joint else sum_segments(partial_SH).to(log_scale_H.dtype)
+        return dq_BHTD, dkv_BSX, dlog_scale_H, *[None] * 4
 
 
 def _columns(kv_BSX: torch.Tensor, start: int, end: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,19 +12,22 @@ import triton.language as tl
 
 from kernels.dispatch import resolve
 from kernels.gelu_tile import gelu_slope, normal_cdf
-from kernels.reduce import sum_segments
+from kernels.reduce import JointSums, Summand, sum_segments
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows and columns of a tile, warps, in both passes; a program of the backward takes SEGMENT rows
 ROWS, COLUMNS, WARPS, SEGMENT = 2, 512, 4, 32
 
 
-def bias_gelu(x_BTC: torch.Tensor, bias_C: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+def bias_gelu(
+    x_BTC: torch.Tensor, bias_C: torch.Tensor, *, sums: JointSums | None = None, impl: str = "auto"
+) -> torch.Tensor:
     """Return GELU(x + bias), exact: z Phi(z), in the dtype of x.
 
     Args:
         x_BTC: float32, bfloat16 or float16 (float64 where the eager form runs), any strides.
         bias_C: one number per channel.
+        sums: where the Triton form's gradient of bias is added up, together with those of other operators.
         impl: "auto", "eager" or "triton", see `kernels.dispatch`.
     Returns:
         Of the shape and dtype of x.
@@ -40,7 +43,9 @@ def bias_gelu(x_BTC: torch.Tensor, bias_C: torch.Tensor, *, impl: str = "auto") 
         return bias_gelu_reference(x_BTC, bias_C)
     if x_BTC.dtype == torch.float64:
         raise ValueError("float64 must have impl='eager', got impl='triton'")
-    return _forward(x_BTC, bias_C)
+    if sums is None or not torch.is_grad_enabled():
+        return _forward(x_BTC, bias_C)
+    return _Summed.apply(x_BTC, *sums.take(bias_C, _segments(x_BTC)))
 
 
 def bias_gelu_reference(x_BTC: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
@@ -71,18 +76,24 @@ def _(x_BTC, bias_C):
 @torch.library.custom_op("ridgeline::bias_gelu_backward", mutates_args=())
 def _backward(dy_BTC: torch.Tensor, x_BTC: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """dx_BTC, and dbias_C in float32."""
+    partials_SC = x_BTC.new_empty(_segments(x_BTC), x_BTC.shape[-1], dtype=torch.float32)
+    return _bias_gelu_bwd(dy_BTC, x_BTC, bias_C, partials_SC), sum_segments(partials_SC)
+
+
+def _segments(x_BTC: torch.Tensor) -> int:
+    return -(-(x_BTC.shape[0] * x_BTC.shape[1]) // SEGMENT)
+
+
+def _bias_gelu_bwd(dy_BTC, x_BTC, bias_C, partials_SC) -> torch.Tensor:
+    """Return dx_BTC; the partial sums of dbias go to contiguous rows."""
     dx_BTC = x_BTC.new_empty(x_BTC.shape)
-    if x_BTC.numel() == 0:
-        return dx_BTC, bias_C.new_zeros(bias_C.shape, dtype=torch.float32)
-    C = x_BTC.shape[-1]
-    rows = x_BTC.numel() // C
-    segments = triton.cdiv(rows, SEGMENT)
-    partials_SC = x_BTC.new_empty(segments, C, dtype=torch.float32)
-    _bias_gelu_bwd_kernel[(segments, triton.cdiv(C, COLUMNS))](
-        dy_BTC.contiguous(), x_BTC.contiguous(), bias_C.contiguous(), dx_BTC, partials_SC, rows, C,
-        SEGMENT=SEGMENT, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
-    )  # fmt: skip
-    return dx_BTC, sum_segments(partials_SC)
+    if x_BTC.numel():
+        segments, C = partials_SC.shape
+        _bias_gelu_bwd_kernel[(segments, triton.cdiv(C, COLUMNS))](
+            dy_BTC.contiguous(), x_BTC.contiguous(), bias_C.contiguous(), dx_BTC, partials_SC,
+            x_BTC.numel() // C, C, SEGMENT=SEGMENT, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
+    return dx_BTC
 
 
 @_backward.register_fake
@@ -101,6 +112,21 @@ def _gradients(ctx, dy_BTC):
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+class _Summed(torch.autograd.Function):
+    """What the operator is, with the place of the gradient of bias in joint sums."""
+
+    @staticmethod
+    def forward(ctx, x_BTC, bias_C, dbias: Summand):
+        ctx.dbias = dbias
+        ctx.save_for_backward(x_BTC, bias_C)
+        return _forward(x_BTC, bias_C)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        dx_BTC = _bias_gelu_bwd(*gradients, *ctx.saved_tensors, ctx.dbias.partial_SC)
+        return dx_BTC, ctx.dbias.sum_C, None
 
 
 def _check(x_BTC, bias_C) -> None:

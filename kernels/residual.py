@@ -12,7 +12,8 @@ import torch
 from kernels.dispatch import resolve
 from kernels.philox import Counter, dropout_keep
 from kernels.philox_tile import signed_seed
-from kernels.residual_triton import WIDEST, residual_norm_backward, residual_norm_forward
+from kernels.reduce import JointSums, Summand, sum_each
+from kernels.residual_triton import WIDEST, residual_norm_backward, residual_norm_forward, segments
 from kernels.rms_norm import EPS
 
 PRODUCT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +41,7 @@ def residual_norm(
     dtype: torch.dtype | None = None,
     copy: bool = False,
     eps: float = EPS,
+    sums: JointSums | None = None,
     impl: str = "auto",
 ) -> Residual:
     """Add a block's branch to the residual stream and normalise the sum for the next block.
@@ -57,6 +59,7 @@ def residual_norm(
         dtype: of normed and copy, that of the next products; None: that of x.
         copy: whether the next products also read the stream as it is.
         eps: added to the mean square.
+        sums: where the Triton form's gradients of gain and bias are added up, together with those of other operators.
         impl: "auto", "eager" or "triton", see `kernels.dispatch`.
 
     Returns:
@@ -73,8 +76,10 @@ def residual_norm(
     _check(x_BTC, y_BTC, gain_C, bias_C, dtype)
     _check_draws(x_BTC, rate, seed, step, scene_B)
     draws = {"rate": rate, "seed": seed, "step": step, "scene_B": scene_B, "place": place}
-    run = _fused if resolve(impl, x_BTC.device) == "triton" else residual_norm_reference
-    return run(x_BTC, y_BTC, gain_C, bias_C=bias_C, dtype=dtype, copy=copy, eps=eps, **draws)
+    settings = {"bias_C": bias_C, "dtype": dtype, "copy": copy, "eps": eps, **draws}
+    if resolve(impl, x_BTC.device) == "triton":
+        return _fused(x_BTC, y_BTC, gain_C, sums=sums, **settings)
+    return residual_norm_reference(x_BTC, y_BTC, gain_C, **settings)
 
 
 def residual_norm_reference(
@@ -107,7 +112,7 @@ def residual_norm_reference(
     return Residual(new_BTC, normed_BTC, new_BTC.to(dtype) if copy else None)
 
 
-def _fused(x_BTC, y_BTC, gain_C, *, bias_C, rate, seed, step, scene_B, place, dtype, copy, eps) -> Residual:
+def _fused(x_BTC, y_BTC, gain_C, *, bias_C, rate, seed, step, scene_B, place, dtype, copy, eps, sums) -> Residual:
     """The Triton form: what an operator cannot return, its input, is put in its place here."""
     if x_BTC.dtype == torch.float64:
         raise ValueError("float64 must have impl='eager', got impl='triton'")
@@ -118,9 +123,11 @@ def _fused(x_BTC, y_BTC, gain_C, *, bias_C, rate, seed, step, scene_B, place, dt
     rounds = copy and dtype != x_BTC.dtype
     new_BTC, normed_BTC, copy_BTC = x_BTC, None, None
     if y_BTC is not None or gain_C is not None or rounds:
-        new_BTC, normed_BTC, copy_BTC, _ = _forward(
-            x_BTC, y_BTC, gain_C, bias_C, step, scene_B, rate, signed_seed(seed), place, dtype, rounds, eps
-        )
+        options = (step, scene_B, rate, signed_seed(seed), place, dtype, rounds, eps)
+        if sums is None or not torch.is_grad_enabled():
+            new_BTC, normed_BTC, copy_BTC, _ = _forward(x_BTC, y_BTC, gain_C, bias_C, *options)
+        else:
+            new_BTC, normed_BTC, copy_BTC, _ = _summed_with_others(sums, x_BTC, y_BTC, gain_C, bias_C, *options)
     new_BTC = x_BTC if y_BTC is None else new_BTC
     copy_BTC = copy_BTC if rounds else new_BTC
     return Residual(new_BTC, None if gain_C is None else normed_BTC, copy_BTC if copy else None)
@@ -184,9 +191,16 @@ def _backward(
     if new_BTC.numel() == 0:
         dx_BTC, dy_BTC, sums_PC = _empty_gradients(new_BTC, dnormed_BTC, y_dtype, has_bias)
         return dx_BTC, dy_BTC, sums_PC.zero_()
-    return residual_norm_backward(
-        dnew_BTC, dnormed_BTC, dcopy_BTC, new_BTC, r_BT, gain_C, (rate, seed, place, step_1, scene_B), y_dtype, has_bias
+    B, T, C = new_BTC.shape
+    asked = (dnormed_BTC is not None) + has_bias
+    partials_PSC = new_BTC.new_empty(asked, segments(B * T), C)
+    dgain_SC = None if dnormed_BTC is None else partials_PSC[0]
+    dbias_SC = partials_PSC[-1] if has_bias else None
+    dropout = (rate, seed, place, step_1, scene_B)
+    dx_BTC, dy_BTC = residual_norm_backward(
+        dnew_BTC, dnormed_BTC, dcopy_BTC, new_BTC, r_BT, gain_C, dropout, y_dtype, dgain_SC, dbias_SC
     )
+    return dx_BTC, dy_BTC, sum_each(partials_PSC)
 
 
 @_backward.register_fake
@@ -211,10 +225,7 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(ctx, dnew_BTC, dnormed_BTC, dcopy_BTC, _):
     new_BTC, r_BT, gain_C, step_1, scene_B = ctx.saved_tensors
-    # outputs that were not asked for are empty, and so may be their gradients
-    dnew_BTC = None if ctx.y_dtype is None else dnew_BTC
-    dnormed_BTC = None if gain_C is None else dnormed_BTC
-    dcopy_BTC = dcopy_BTC if ctx.copies else None
+    dnew_BTC, dnormed_BTC, dcopy_BTC = _asked_for(ctx, gain_C, dnew_BTC, dnormed_BTC, dcopy_BTC)
     dx_BTC, dy_BTC, sums_PC = _backward(
         dnew_BTC, dnormed_BTC, dcopy_BTC, new_BTC, r_BT, gain_C, step_1, scene_B,
         ctx.rate, ctx.seed, ctx.place, ctx.y_dtype, ctx.bias_dtype is not None,
@@ -224,7 +235,51 @@ def _gradients(ctx, dnew_BTC, dnormed_BTC, dcopy_BTC, _):
     return dx_BTC, None if ctx.y_dtype is None else dy_BTC, dgain_C, dbias_C, *[None] * 8
 
 
+def _asked_for(ctx, gain_C, dnew_BTC, dnormed_BTC, dcopy_BTC, *_):
+    """Outputs that were not asked for are empty, and so may be their gradients: None in their place."""
+    return (
+        None if ctx.y_dtype is None else dnew_BTC,
+        None if gain_C is None else dnormed_BTC,
+        dcopy_BTC if ctx.copies else None,
+    )
+
+
 _forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _summed_with_others(sums: JointSums, x_BTC, y_BTC, gain_C, bias_C, *options):
+    """The operator, whose gradients of gain and bias are added up together with those of others."""
+    count = segments(x_BTC.shape[0] * x_BTC.shape[1])
+    gain_C, dgain = (None, None) if gain_C is None else sums.take(gain_C, count)
+    bias_C, dbias = (None, None) if bias_C is None else sums.take(bias_C, count)
+    return _Summed.apply((dgain, dbias), x_BTC, y_BTC, gain_C, bias_C, *options)
+
+
+class _Summed(torch.autograd.Function):
+    """What the operator is, with the places of the gradients of gain and bias in joint sums."""
+
+    @staticmethod
+    def forward(ctx, summands: tuple[Summand | None, Summand | None], *inputs):
+        ctx.summands, outputs = summands, _forward(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        new_BTC, r_BT, gain_C, step_1, scene_B = ctx.saved_tensors
+        dnew_BTC, dnormed_BTC, dcopy_BTC = _asked_for(ctx, gain_C, *gradients)
+        dgain, dbias = ctx.summands
+        dgain = None if dnormed_BTC is None else dgain
+        partials = [None if summand is None else summand.partial_SC for summand in (dgain, dbias)]
+        if new_BTC.numel() == 0:
+            dx_BTC, dy_BTC, _ = _empty_gradients(new_BTC, None, ctx.y_dtype, False)
+        else:
+            dropout = (ctx.rate, ctx.seed, ctx.place, step_1, scene_B)
+            dx_BTC, dy_BTC = residual_norm_backward(
+                dnew_BTC, dnormed_BTC, dcopy_BTC, new_BTC, r_BT, gain_C, dropout, ctx.y_dtype, *partials
+            )
+        dgain_C, dbias_C = (None if summand is None else summand.sum_C for summand in (dgain, dbias))
+        return None, dx_BTC, None if ctx.y_dtype is None else dy_BTC, dgain_C, dbias_C, *[None] * 8
 
 
 def _check(x_BTC, y_BTC, gain_C, bias_C, dtype) -> None:

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from kernels.philox_tile import dropout_rows, kernel_draws
-from kernels.reduce import sum_segments
 
 # widest row of the class -> (rows of a tile, warps), in both passes: eight elements a thread, one call of Philox
 LAUNCHES = {128: (8, 4), 256: (4, 2), 512: (4, 8), 1024: (2, 8)}
@@ -42,22 +41,29 @@ def residual_norm_forward(x_BTC, y_BTC, gain_C, bias_C, dropout, dtype, copy, ep
     return new_BTC, normed_BTC, copy_BTC, r_BT
 
 
-def residual_norm_backward(dnew_BTC, dnormed_BTC, dcopy_BTC, new_BTC, r_BT, gain_C, dropout, y_dtype, has_bias):
-    """Return dx_BTC, dy_BTC (empty without a y) and the sums over rows [dgain_C, dbias_C], those of them there are."""
+def residual_norm_backward(
+    dnew_BTC, dnormed_BTC, dcopy_BTC, new_BTC, r_BT, gain_C, dropout, y_dtype, dgain_SC, dbias_SC
+):
+    """Return dx_BTC and dy_BTC (empty without a y).
+
+    The partial sums of the gradients of gain and bias go to contiguous tensors [`segments`, C]; None: not asked for.
+    """
     B, T, C = new_BTC.shape
     rate, seed, place, step_1, scene_B = dropout
     dx_BTC = new_BTC.new_empty(B, T, C)
     dy_BTC = new_BTC.new_empty(0) if y_dtype is None else new_BTC.new_empty(B, T, C, dtype=y_dtype)
-    segments, sums = triton.cdiv(B * T, SEGMENT), (dnormed_BTC is not None) + has_bias
-    partials = new_BTC.new_empty(segments, sums, C)
     norm = (None, None, None) if dnormed_BTC is None else (new_BTC, r_BT, _dense(gain_C))
-    _residual_norm_bwd_kernel[(segments,)](
+    _residual_norm_bwd_kernel[(segments(B * T),)](
         _dense(dnew_BTC), _dense(dcopy_BTC), _dense(dnormed_BTC), *norm, step_1, scene_B,
-        dx_BTC, dy_BTC if y_dtype is not None else None, partials if sums else None,
-        new_BTC.stride(), B * T, T, *kernel_draws(rate, seed, place),
-        C=C, SUMS=sums, HAS_BIAS=has_bias, SEGMENT=SEGMENT, **_tile(C),
+        dx_BTC, dy_BTC if y_dtype is not None else None, dgain_SC, dbias_SC,
+        new_BTC.stride(), B * T, T, *kernel_draws(rate, seed, place), C=C, SEGMENT=SEGMENT, **_tile(C),
     )  # fmt: skip
-    return dx_BTC, dy_BTC, sum_segments(partials)
+    return dx_BTC, dy_BTC
+
+
+def segments(rows: int) -> int:
+    """How many partial sums the backward leaves per channel."""
+    return -(-rows // SEGMENT)
 
 
 def _tile(C: int) -> dict[str, Any]:
@@ -114,9 +120,9 @@ def _residual_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows", "T", "seed_low", "seed_high", "place", "threshold"])
 def _residual_norm_bwd_kernel(
-    dnew_ptr, dcopy_ptr, dnormed_ptr, new_ptr, r_ptr, gain_ptr, step_ptr, scene_ptr, dx_ptr, dy_ptr, partials_ptr,
-    stride_new, rows, T, seed_low, seed_high, place, threshold, scale, C: tl.constexpr, SUMS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    dnew_ptr, dcopy_ptr, dnormed_ptr, new_ptr, r_ptr, gain_ptr, step_ptr, scene_ptr, dx_ptr, dy_ptr,
+    dgain_ptr, dbias_ptr, stride_new, rows, T, seed_low, seed_high, place, threshold, scale,
+    C: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
@@ -151,9 +157,9 @@ def _residual_norm_bwd_kernel(
                 keep = dropout_rows(step_ptr, scene_ptr, seed_low, seed_high, place, threshold, b, t, C, BLOCK_C)
                 dx = tl.where(keep, dx * scale, 0.0)
             tl.store(dy_ptr + dense, dx.to(dy_ptr.dtype.element_ty), mask=mask)
-            if HAS_BIAS:
+            if dbias_ptr is not None:
                 dbias += dx
-    if dnormed_ptr is not None:
-        tl.store(partials_ptr + segment * SUMS * C + offs_c, tl.sum(dgain, 0), mask=in_C)
-    if HAS_BIAS:
-        tl.store(partials_ptr + (segment + 1) * SUMS * C - C + offs_c, tl.sum(dbias, 0), mask=in_C)
+    if dgain_ptr is not None:
+        tl.store(dgain_ptr + segment * C + offs_c, tl.sum(dgain, 0), mask=in_C)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + segment * C + offs_c, tl.sum(dbias, 0), mask=in_C)

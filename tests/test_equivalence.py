@@ -227,7 +227,9 @@ def test_a_scene_of_the_tiny_recipe_has_the_bits_it_has_alone(device):
 
     def recorded(operator):
         def wrapped(*tensors, **options):
-            calls.append((operator, tensors, options, operator(*tensors, **options)))
+            # a vector of a joint sum is taken once
+            alone = {name: option for name, option in options.items() if name != "sums"}
+            calls.append((operator, tensors, alone, operator(*tensors, **options)))
             return calls[-1][-1]
 
         return wrapped

@@ -6,6 +6,8 @@ import functools
 import pytest
 import torch
 
+import perceiver.fused
+from kernels import reduce
 from perceiver.blocks import DropoutKey, run_layers
 from perceiver.fused import fused_layers
 from perceiver.loss import LossConfig, segment_loss
@@ -96,6 +98,28 @@ def test_a_backward_makes_no_zeros_for_outputs_and_columns_without_a_gradient(de
     calls = {event.key for event in profile.key_averages()}
     assert "ridgeline::match_segments_backward" in calls
     assert not calls & {"aten::slice_backward", "aten::zeros"}
+
+
+def test_joint_sums_have_the_bits_of_operators_that_add_up_alone(device, monkeypatch):
+    joint = outputs_and_gradients("triton", device)
+    launched, add_up = [], reduce.sum_each
+    with monkeypatch.context() as patch:
+        patch.setattr(perceiver.fused, "_sums", lambda blocks: None)
+        alone = outputs_and_gradients.__wrapped__("triton", device)
+    with monkeypatch.context() as patch:
+        patch.setattr(reduce, "sum_each", lambda *arguments: launched.append(len(arguments[0])) or add_up(*arguments))
+        outputs_and_gradients.__wrapped__("triton", device)
+    assert all(torch.equal(joint[name], alone[name]) for name in joint)
+    # after the heads, of each stack its attentions, its GELUs and its seams, 8 and 3 gains with 3 and 1 biases
+    assert sorted(launched[1:4]) + sorted(launched[4:7]) == [1, 2, 4, 3, 5, 11]
+
+
+@pytest.mark.parametrize("lacking", ["layers", "cross-attention"])
+def test_a_stack_whose_table_meets_no_item_is_refused(lacking, device):
+    layers, table_LC, memory_BTC, _ = decoder(device)
+    layers[0].cross = None
+    with pytest.raises(ValueError, match="layers must begin with one that has a cross-attention, got"):
+        fused_layers([] if lacking == "layers" else layers, table_LC, memory_BTC)
 
 
 def test_a_step_in_a_tensor_is_that_step(device):

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from perceiver import products
 from perceiver.model import Perceiver
 from tests.small_models import SMALL, stirred
 from tests.tiny_runs import tiny_recipe
@@ -65,6 +66,15 @@ def test_they_are_the_updates_of_a_step(recipe, machine, device):
 def test_a_graph_changes_no_bit(recipe, machine, device):
     machine = machine(device)
     assert _by_stage_updates(recipe, machine, graph=True) == _by_stage_updates(recipe, machine, graph=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_second_stream_changes_no_bit(graph, recipe, machine, device, monkeypatch):
+    machine = machine(device)
+    with_two = _by_stage_updates(recipe, machine, graph=graph)
+    monkeypatch.setattr(products, "SIDE_STREAM", False)
+    assert _by_stage_updates(recipe, machine, graph=graph) == with_two
 
 
 def test_an_update_of_another_stage_is_refused(recipe, machine, device):
