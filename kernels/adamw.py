@@ -131,14 +131,14 @@ def _adamw(
     grads = [grad if grad.data_ptr() % 16 == 0 else grad.clone() for grad in grads]
     sizes = [param.numel() for param in params]
     sums_K = lr.new_empty(sum(map(_segments, sizes)))
-    scalars_P3 = lr.new_empty(len(params), 3)
+    corrections_P2 = lr.new_empty(len(params), 2)
     norm, factor = lr.new_empty(()), lr.new_empty(())
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
     start = 0
     for some, places in _launches(sizes, decays, pointers=2):
         segments = sum(map(_segments, sizes[some]))
         _adamw_squares_kernel[(segments,)](
-            tuple(grads[some]), tuple(steps[some]), lr, sums_K[start:], scalars_P3[some], PLACES=places,
+            tuple(grads[some]), tuple(steps[some]), sums_K[start:], corrections_P2[some], PLACES=places,
             LOG_BETA1=logs[0], LOG_BETA2=logs[1], SEGMENT=SEGMENT, TILE=SQUARES_TILE, num_warps=WARPS,
         )  # fmt: skip
         start += segments
@@ -146,7 +146,7 @@ def _adamw(
     for some, places in _launches(sizes, decays, pointers=4):
         _adamw_update_kernel[(sum(map(_segments, sizes[some])),)](
             *(tuple(tensors[some]) for tensors in (params, grads, exp_avgs, exp_avg_sqs)),
-            scalars_P3[some], factor, eps, PLACES=places,
+            corrections_P2[some], lr, factor, eps, PLACES=places,
             BETA1=beta1, BETA2=beta2, SEGMENT=SEGMENT, TILE=UPDATE_TILE, num_warps=WARPS,
         )  # fmt: skip
     return norm
@@ -255,10 +255,10 @@ def _squares(grad_ptr, left, TILE: tl.constexpr):
 
 @triton.jit
 def _adamw_squares_kernel(
-    grad_ptrs, step_ptrs, lr_ptr, sums_ptr, scalars_ptr, PLACES: tl.constexpr,
+    grad_ptrs, step_ptrs, sums_ptr, corrections_ptr, PLACES: tl.constexpr,
     LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    number, start, size, decay = _locate(tl.program_id(0), PLACES, 0, len(grad_ptrs), SEGMENT)
+    number, start, size, _ = _locate(tl.program_id(0), PLACES, 0, len(grad_ptrs), SEGMENT)
     grad_ptr = _pick(number, grad_ptrs) + start
     left = tl.minimum(size - start, SEGMENT).to(tl.int32)
     lanes = tl.zeros([TILE], tl.float32)
@@ -274,15 +274,12 @@ def _adamw_squares_kernel(
         step_ptr = _pick(number, step_ptrs)
         step = tl.load(step_ptr) + 1
         tl.store(step_ptr, step)
-        # powers near 1 cancel: float64
+        # 1 - beta1^t,  1 - beta2^t: powers near 1 cancel, so in float64
         t = step.to(tl.float64)
         correction1 = 1 - tl.exp(t * tl.full([], LOG_BETA1, tl.float64))
         correction2 = 1 - tl.exp(t * tl.full([], LOG_BETA2, tl.float64))
-        lr = tl.load(lr_ptr)
-        # 1 - lr decay,  lr / (1 - beta1^t),  sqrt(1 - beta2^t)
-        tl.store(scalars_ptr + number * 3, 1 - lr * decay)
-        tl.store(scalars_ptr + number * 3 + 1, tl.div_rn(lr, correction1.to(tl.float32)))
-        tl.store(scalars_ptr + number * 3 + 2, tl.sqrt_rn(correction2.to(tl.float32)))
+        tl.store(corrections_ptr + number * 2, correction1.to(tl.float32))
+        tl.store(corrections_ptr + number * 2 + 1, correction2.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -319,17 +316,19 @@ def _update_tile(
 
 @triton.jit
 def _adamw_update_kernel(
-    param_ptrs, grad_ptrs, exp_avg_ptrs, exp_avg_sq_ptrs, scalars_ptr, factor_ptr, eps,
+    param_ptrs, grad_ptrs, exp_avg_ptrs, exp_avg_sq_ptrs, corrections_ptr, lr_ptr, factor_ptr, eps,
     PLACES: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    number, start, size, _ = _locate(tl.program_id(0), PLACES, 0, len(param_ptrs), SEGMENT)
+    number, start, size, decay = _locate(tl.program_id(0), PLACES, 0, len(param_ptrs), SEGMENT)
     param_ptr = _pick(number, param_ptrs) + start
     grad_ptr = _pick(number, grad_ptrs) + start
     exp_avg_ptr = _pick(number, exp_avg_ptrs) + start
     exp_avg_sq_ptr = _pick(number, exp_avg_sq_ptrs) + start
-    keep = tl.load(scalars_ptr + number * 3)
-    rate = tl.load(scalars_ptr + number * 3 + 1)
-    root = tl.load(scalars_ptr + number * 3 + 2)
+    # 1 - lr decay,  lr / (1 - beta1^t),  sqrt(1 - beta2^t)
+    lr = tl.load(lr_ptr)
+    keep = 1 - lr * decay
+    rate = tl.div_rn(lr, tl.load(corrections_ptr + number * 2))
+    root = tl.sqrt_rn(tl.load(corrections_ptr + number * 2 + 1))
     factor = tl.load(factor_ptr)
     left = tl.minimum(size - start, SEGMENT).to(tl.int32)
     for done in tl.range(0, left, TILE):
