@@ -125,8 +125,6 @@ def _adamw(
     eps: float,
 ) -> torch.Tensor:
     """The norm before clipping."""
-    if not params:
-        return lr.new_zeros(())
     # sums depend on how they are loaded, and that on the alignment: the same for all
     grads = [grad if grad.data_ptr() % 16 == 0 else grad.clone() for grad in grads]
     sizes = [param.numel() for param in params]
