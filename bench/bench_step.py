@@ -50,7 +50,7 @@ def bench_step(measure, case, peer):
     truth = _float64_loss(recipe, batch, stage.endpoint_weight)
     machine = enter(threads=recipe.threads, precision=precision, impl="auto" if peer == OURS.name else "eager")
     model = stirred_model(recipe).to(machine.device)
-    optimizer = build_optimizer(model, recipe.optim)
+    optimizer = build_optimizer(model, recipe.optim, impl=machine.impl)
     rows = batch.to(machine.device)
     steps = iter(range(1, 1_000_000))
 

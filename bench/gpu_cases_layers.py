@@ -6,6 +6,7 @@ import math
 import torch
 
 from bench.gpu_cases import OperatorCase, Tensors, segment_inputs
+from kernels.adamw import adamw
 from kernels.attention_columns import KeyValueColumns
 from kernels.gelu import bias_gelu
 from kernels.heads import segment_heads
@@ -188,6 +189,27 @@ def _loss_terms(tensors: Tensors, *, target: str) -> Tensors:
     return {**found, **dict(zip(("dtransport", "dendpoint", "dconf"), gradients, strict=True))}
 
 
+def weight_inputs(items: int, device: torch.device) -> Tensors:
+    """Weights of a layer's sizes, their gradients and moments; `items` does not matter."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((1024, 256), (256, 1024), (1024,), (256,), (4,), (1,)) * 4
+    return {
+        f"{name}{i}": torch.rand(size, generator=generator).to(device)
+        for name in ("p", "g", "m", "v")
+        for i, size in enumerate(sizes)
+    }
+
+
+def _adamw(tensors: Tensors) -> Tensors:
+    count = len(tensors) // 4
+    p, g, m, v = ([tensors[f"{name}{i}"].clone() for i in range(count)] for name in ("p", "g", "m", "v"))
+    steps = [torch.full((), 7.0, device=x.device) for x in p]
+    lr = torch.full((), 1e-3, device=p[0].device)
+    norm = adamw(p, g, m, v, steps, lr=lr, decays=[0.01] * count, limit=1.0, impl="triton")
+    changed = {f"{name}{i}": x for name, xs in (("p", p), ("m", m), ("v", v)) for i, x in enumerate(xs)}
+    return changed | {"norm": norm.reshape(1), "steps": torch.stack(steps)}
+
+
 def layer_cases() -> list[OperatorCase]:
     """The configurations of these operators."""
     single = {"dtype": torch.float32}
@@ -206,6 +228,7 @@ def layer_cases() -> list[OperatorCase]:
         ("turn", "2048 fp32", turn_inputs, _turn, True),
         ("loss_terms", "64x64 mass", segment_inputs, functools.partial(_loss_terms, target="mass"), True),
         ("loss_terms", "64x64 partner", segment_inputs, functools.partial(_loss_terms, target="partner"), False),
+        ("adamw", "24 tensors fp32", weight_inputs, _adamw, True),
     ]
     return [
         OperatorCase(operator=operator, name=name, make=make, solve=solve, trained=trained)

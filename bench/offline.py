@@ -103,13 +103,22 @@ def memory_bytes(tensors: Iterable[Any]) -> int:
     return sum(sizes.values())
 
 
+def _tensors(arguments: Iterable[Any]) -> Iterator[Any]:
+    """Yield the tensors among arguments, those in tuples too."""
+    for x in arguments:
+        if isinstance(x, tuple):
+            yield from _tensors(x)
+        elif hasattr(x, "data_ptr"):
+            yield x
+
+
 def _launch(kernel: str, compiled, arguments: dict[str, Any], grid: tuple[int, ...]) -> Launch:
     return Launch(
         kernel=kernel,
         grid=tuple(grid),
         warps=compiled.metadata.num_warps,
         shared_bytes=compiled.metadata.shared,
-        tensor_bytes=memory_bytes(x for x in arguments.values() if hasattr(x, "data_ptr")),
+        tensor_bytes=memory_bytes(_tensors(arguments.values())),
         constants={name: x for name, x in arguments.items() if isinstance(x, bool | int | str)},
         ttir=compiled.asm["ttir"],
         ttgir=compiled.asm["ttgir"],

@@ -361,6 +361,17 @@ def _points_cases() -> list[Case]:
     ]
 
 
+def _adamw() -> None:
+    from kernels.adamw import adamw
+
+    # as many tensors as the model has; few of them are long
+    sizes = [262144, *[131072] * 60, *[256] * 80, *[4] * 17, 1, 7, 97280]
+    params, grads, exp_avgs, exp_avg_sqs = ([torch.zeros(size) for size in sizes] for _ in range(4))
+    steps, decays = [torch.zeros(()) for _ in sizes], [0.01] * len(sizes)
+    options = {"lr": torch.zeros(()), "decays": decays, "limit": 1.0}
+    adamw(params, grads, exp_avgs, exp_avg_sqs, steps, **options, impl="triton")
+
+
 CASES = (
     *_sinkhorn_cases(),
     *_matching_cases(),
@@ -371,4 +382,5 @@ CASES = (
     *_heads_cases(),
     Case(operator="turn", name="64x4096 fp32", run=_turn),
     *_loss_terms_cases(),
+    Case(operator="adamw", name="161 tensors", run=_adamw),
 )

@@ -1,5 +1,6 @@
 """Operators: tensors in, tensors out. They know no model. The attributes are the functions, not their modules."""
 
+from kernels.adamw import adamw, adamw_reference
 from kernels.attention import gqa_attention, gqa_attention_reference
 from kernels.gelu import bias_gelu, bias_gelu_reference
 from kernels.heads import segment_heads, segment_heads_reference
@@ -16,6 +17,8 @@ __all__ = [
     "Match",
     "Residual",
     "Transport",
+    "adamw",
+    "adamw_reference",
     "bias_gelu",
     "bias_gelu_reference",
     "gqa_attention",

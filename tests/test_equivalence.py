@@ -170,7 +170,7 @@ def train(
     with form.entered(device) as machine:
         batches = StageBatches(recipe, 1, _data(), device)
         batches.rows = in_dtype(batches.rows, form.dtype)
-        optimizer = build_optimizer(model, recipe.optim)
+        optimizer = build_optimizer(model, recipe.optim, impl=machine.impl)
         updates = StageUpdates(model, optimizer, batches, stage=STAGE, recipe=recipe, machine=machine, graph=form.graph)
         logged = []
         for step in range(1, steps + 1):

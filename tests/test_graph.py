@@ -34,7 +34,7 @@ def machine(monkeypatch):
 def _train(recipe, machine, make) -> tuple[str, list[dict[str, float]]]:
     """Return the digest of weights and optimizer after the stage, and the loss of every update."""
     model = stirred(Perceiver(recipe.model, seed=recipe.seed)).to(machine.device)
-    optimizer = build_optimizer(model, recipe.optim)
+    optimizer = build_optimizer(model, recipe.optim, impl=machine.impl)
     batches = StageBatches(recipe, 1, stage_data(recipe, 1), machine.device)
     one_update = make(model, optimizer, batches)
     losses = []

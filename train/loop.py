@@ -115,7 +115,7 @@ class _Trainer:
         self.recipe, self.directory, self.machine, self.pool = recipe, directory, machine, pool
         self.graph, self.progress, self.say = graph, progress, say
         self.model = Perceiver(recipe.model, seed=recipe.seed).to(machine.device)
-        self.optimizer = build_optimizer(self.model, recipe.optim)
+        self.optimizer = build_optimizer(self.model, recipe.optim, impl=machine.impl)
         self.trace = Trace(recipe, lambda lines: directory.extend("trace", lines))
         self.code = code_files()
         self.step = 0

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
+from kernels.adamw import adamw
+from kernels.dispatch import resolve
 from perceiver.model import Perceiver
 
 
@@ -59,25 +61,75 @@ def learning_rate(step: int, stage: Schedule) -> float:
     return rate
 
 
-def build_optimizer(model: Perceiver, config: OptimConfig) -> torch.optim.AdamW:
+class ClippedAdamW(torch.optim.AdamW):
+    """PyTorch's AdamW, its groups and its state, with clipping and update as one operator of `kernels`.
+
+    Its learning rate is a tensor on the device of the parameters, shared by all groups, so that a recorded update reads
+    it anew at each replay. `step` is PyTorch's own: it does not clip.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float):
+        lr = torch.zeros((), device=groups[0]["params"][0].device)
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, capturable=True, fused=True)
+
+    @torch.no_grad()
+    def clip_and_step(self, limit: float) -> torch.Tensor:
+        """Make an update with the gradients clipped to the global L2 norm `limit`; return the norm before, a scalar.
+
+        Parameters without a gradient are left as they are. The gradients are not rewritten.
+
+        Raises:
+            ValueError: groups do not share learning rate, betas and eps; or see `kernels.adamw`.
+        """
+        first = self.param_groups[0]
+        for group in self.param_groups:
+            if group["lr"] is not first["lr"] or not isinstance(group["lr"], torch.Tensor):
+                raise ValueError(f"lr must be one tensor that all groups share, got {group['lr']} and {first['lr']}")
+            for name in ("betas", "eps"):
+                if group[name] != first[name]:
+                    raise ValueError(f"{name} must be equal in all groups, got {group[name]} and {first[name]}")
+        found = [(p, group["weight_decay"]) for group in self.param_groups for p in group["params"]]
+        found = [(p, decay) for p, decay in found if p.grad is not None]
+        states = [self._state_of(p) for p, _ in found]
+        return adamw(
+            [p for p, _ in found],
+            [p.grad for p, _ in found],
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+            lr=first["lr"],
+            decays=[decay for _, decay in found],
+            limit=limit,
+            betas=first["betas"],
+            eps=first["eps"],
+            impl="triton",
+        )
+
+    def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state of a parameter, as PyTorch begins it."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
+
+
+def build_optimizer(model: Perceiver, config: OptimConfig, *, impl: str = "auto") -> torch.optim.AdamW:
     """AdamW over two groups: everything, and `conf_head.weight` with its own weight decay.
 
-    On a CUDA device the learning rate is a tensor there, so that a recorded update reads it anew at each replay.
+    On a CUDA device the learning rate is a tensor there, and the update is that of the kernels unless `impl` is
+    "eager"; on a CPU it is PyTorch's.
     """
     conf_head = model.segmenter.conf_head.weight
     rest = [p for p in model.parameters() if p is not conf_head]
+    groups = [
+        {"params": rest, "weight_decay": config.weight_decay},
+        {"params": [conf_head], "weight_decay": config.conf_head_weight_decay},
+    ]
+    betas = config.beta1, config.beta2
+    if impl != "eager" and resolve("auto", conf_head.device) == "triton":
+        return ClippedAdamW(groups, betas=betas, eps=config.adam_eps)
     on_gpu = conf_head.is_cuda
-    return torch.optim.AdamW(
-        [
-            {"params": rest, "weight_decay": config.weight_decay},
-            {"params": [conf_head], "weight_decay": config.conf_head_weight_decay},
-        ],
-        lr=torch.zeros((), device=conf_head.device) if on_gpu else 0.0,
-        capturable=on_gpu,
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_eps,
-        fused=True,
-    )
+    lr = torch.zeros((), device=conf_head.device) if on_gpu else 0.0
+    return torch.optim.AdamW(groups, lr=lr, capturable=on_gpu, betas=betas, eps=config.adam_eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -97,3 +149,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
 def clip_gradients(model: Perceiver, limit: float) -> torch.Tensor:
     """Scale the gradients so that their global L2 norm is at most `limit`; return the norm before, a scalar tensor."""
     return torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)
+
+
+def clip_and_step(model: Perceiver, optimizer: torch.optim.Optimizer, limit: float) -> torch.Tensor:
+    """Make an update with the gradients clipped to the norm `limit`; return the norm before, a scalar tensor."""
+    if isinstance(optimizer, ClippedAdamW):
+        return optimizer.clip_and_step(limit)
+    grad_norm = clip_gradients(model, limit)
+    optimizer.step()
+    return grad_norm

@@ -154,7 +154,7 @@ class Past:
     def begin(self, checkpoint: Checkpoint | None, trace: Sequence[Line]) -> None:
         """Take a checkpoint's state, or the initial one, and compare it with what the trace says of it."""
         self.model = Perceiver(self.recipe.model, seed=self.recipe.seed).to(self.machine.device)
-        self.optimizer = build_optimizer(self.model, self.recipe.optim)
+        self.optimizer = build_optimizer(self.model, self.recipe.optim, impl=self.machine.impl)
         self.step = 0
         if checkpoint:
             self.model.load_state_dict(checkpoint.model)

@@ -13,7 +13,7 @@ from perceiver.scene import SceneBatch
 from train.augment import augment
 from train.config import Recipe, StageConfig
 from train.determinism import Machine
-from train.optim import clip_gradients, learning_rate, set_learning_rate
+from train.optim import clip_and_step, learning_rate, set_learning_rate
 
 
 class StepResult(NamedTuple):
@@ -80,8 +80,7 @@ def advance(
     _, loss = predict_and_compare(model, batch, recipe, machine, endpoint_weight=stage.endpoint_weight, drop=drop)
     optimizer.zero_grad(set_to_none=True)
     loss.total.backward(_one(loss.total.device, loss.total.dtype))
-    grad_norm = clip_gradients(model, recipe.optim.clip)
-    optimizer.step()
+    grad_norm = clip_and_step(model, optimizer, recipe.optim.clip)
     return StepResult(loss._replace(total=loss.total.detach()), grad_norm)
 
 
