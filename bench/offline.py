@@ -104,12 +104,13 @@ def memory_bytes(tensors: Iterable[Any]) -> int:
 
 
 def _launch(kernel: str, compiled, arguments: dict[str, Any], grid: tuple[int, ...]) -> Launch:
+    values = [x for value in arguments.values() for x in (value if isinstance(value, tuple) else (value,))]
     return Launch(
         kernel=kernel,
         grid=tuple(grid),
         warps=compiled.metadata.num_warps,
         shared_bytes=compiled.metadata.shared,
-        tensor_bytes=memory_bytes(x for x in arguments.values() if hasattr(x, "data_ptr")),
+        tensor_bytes=memory_bytes(x for x in values if hasattr(x, "data_ptr")),
         constants={name: x for name, x in arguments.items() if isinstance(x, bool | int | str)},
         ttir=compiled.asm["ttir"],
         ttgir=compiled.asm["ttgir"],

@@ -35,6 +35,7 @@ _CODE = (
     "kernels.philox",
     "kernels.philox_triton",
     "kernels.dispatch",
+    "kernels.gather",
     "perceiver.scene",
     "train.sources",
     "train.data",
