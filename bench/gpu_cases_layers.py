@@ -8,6 +8,7 @@ import torch
 from bench.gpu_cases import OperatorCase, Tensors, segment_inputs
 from kernels.adamw import adamw
 from kernels.attention_columns import KeyValueColumns
+from kernels.gather import gather_rows
 from kernels.gelu import bias_gelu
 from kernels.heads import segment_heads
 from kernels.loss_terms import loss_terms
@@ -210,6 +211,26 @@ def _adamw(tensors: Tensors) -> Tensors:
     return changed | {"norm": norm.reshape(1), "steps": torch.stack(steps)}
 
 
+def rows_inputs(items: int, device: torch.device) -> Tensors:
+    """A set of points, classes, segments and counts; and which of its rows to gather."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 64
+    tensors = {
+        "xyz_RT3": torch.randn(rows, 2048, 3, generator=generator),
+        "class_RT": torch.randint(13, (rows, 2048), generator=generator).byte(),
+        "gt_RM23": torch.randn(rows, 64, 2, 3, generator=generator),
+        "point_count_R": torch.randint(2048, (rows,), generator=generator).int(),
+        "index_B": torch.randint(rows, (items,), generator=generator),
+    }
+    return {name: x.to(device) for name, x in tensors.items()}
+
+
+def _gather(tensors: Tensors) -> Tensors:
+    names = ("xyz_RT3", "class_RT", "gt_RM23", "point_count_R")
+    gathered = gather_rows([tensors[name] for name in names], tensors["index_B"], impl="triton")
+    return {name.replace("_R", "_B"): x for name, x in zip(names, gathered, strict=True)}
+
+
 def layer_cases() -> list[OperatorCase]:
     """The configurations of these operators."""
     single = {"dtype": torch.float32}
@@ -225,6 +246,7 @@ def layer_cases() -> list[OperatorCase]:
         ("bias_gelu", "256x1024 fp32", functools.partial(seam_inputs, C=UNITS, **single), _gelu, False),
         ("segment_heads", "64x256 fp32", head_inputs, _heads, True),
         ("attention columns", "2 x 256x2048 bf16", column_inputs, _attend_columns, True),
+        ("gather_rows", "2048", rows_inputs, _gather, True),
         ("turn", "2048 fp32", turn_inputs, _turn, True),
         ("loss_terms", "64x64 mass", segment_inputs, functools.partial(_loss_terms, target="mass"), True),
         ("loss_terms", "64x64 partner", segment_inputs, functools.partial(_loss_terms, target="partner"), False),

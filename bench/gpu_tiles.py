@@ -19,6 +19,7 @@ from bench.gpu_process import Sheet, end_on_sigterm, note, share, side_by_side, 
 from bench.gpu_rows import ATTENTION, BF16_TOLERANCE
 from kernels import attention_backward, attention_forward, attention_tile
 from kernels.attention import gqa_attention
+from kernels.dispatch import family
 
 Tile = tuple[int, int, int, int]
 SHAPES = ("cross 256x2048", "cross 256x4096", "self 256x256")
@@ -70,7 +71,7 @@ def catch(kernel: str, tile: Tile | None, tensors: Tensors) -> Caught:
     """
     module, name, _ = KERNELS[kernel]
     q_BHTD = tensors["q_BHTD"]
-    key = (attention_tile.family(q_BHTD), "half", q_BHTD.shape[-1])
+    key = (family(q_BHTD), "half", q_BHTD.shape[-1])
     launches, original = attention_tile.TILES[key], getattr(module, name)
     number, caught = attention_tile.KERNELS.index(kernel), Caught(original)
     try:

@@ -317,6 +317,15 @@ def _loss_terms_cases() -> list[Case]:
     ]
 
 
+def _gather() -> None:
+    from kernels.gather import gather_rows
+
+    B, T = 64, 4096
+    points = [torch.zeros(B, T, *size, dtype=dtype) for size, dtype in (((3,), torch.float32), ((), torch.uint8))]
+    counts = [torch.zeros(B, dtype=dtype) for dtype in (torch.int32, torch.int64)]
+    gather_rows([*points, torch.zeros(B, 64, 2, 3), *counts], torch.arange(B), impl="triton")
+
+
 def _points(B: int, T: int, precision: str) -> None:
     from kernels.points import point_embedding
 
@@ -380,6 +389,7 @@ CASES = (
     *_residual_cases(),
     *_gelu_cases(),
     *_heads_cases(),
+    Case(operator="gather_rows", name="64x4096", run=_gather),
     Case(operator="turn", name="64x4096 fp32", run=_turn),
     *_loss_terms_cases(),
     Case(operator="adamw", name="161 tensors", run=_adamw),

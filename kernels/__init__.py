@@ -2,6 +2,7 @@
 
 from kernels.adamw import adamw, adamw_reference
 from kernels.attention import gqa_attention, gqa_attention_reference
+from kernels.gather import gather_rows, gather_rows_reference
 from kernels.gelu import bias_gelu, bias_gelu_reference
 from kernels.heads import segment_heads, segment_heads_reference
 from kernels.loss_terms import Loss, loss_terms, loss_terms_reference
@@ -21,6 +22,8 @@ __all__ = [
     "adamw_reference",
     "bias_gelu",
     "bias_gelu_reference",
+    "gather_rows",
+    "gather_rows_reference",
     "gqa_attention",
     "gqa_attention_reference",
     "loss_terms",

@@ -4,12 +4,11 @@ Tiles are [BLOCK_T, D] of queries and [BLOCK_S, D] of keys. A key that does not 
 exactly 0, so that neither garbage in it nor the number of such keys has an influence.
 """
 
-import os
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
+
+from kernels.dispatch import family
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NORM_EPS = tl.constexpr(1e-12)
@@ -79,20 +78,6 @@ def launch_options(kernel: str, q_BHTD: torch.Tensor, precision: str) -> dict[st
     products = precision if q_BHTD.dtype == torch.float32 else "half"
     launches = TILES[family(q_BHTD), products, q_BHTD.shape[-1]]
     return dict(zip(("BLOCK_T", "BLOCK_S", "num_warps", "num_stages"), launches[KERNELS.index(kernel)], strict=True))
-
-
-def family(tensor: torch.Tensor) -> str:
-    """The architectures that share launches: by shared memory and matrix instructions."""
-    if tensor.is_cuda:
-        major, minor = torch.cuda.get_device_capability(tensor.device)
-    elif os.environ.get("TRITON_INTERPRET") == "1":
-        return "sm_90"
-    else:
-        target: Any = triton.runtime.driver.active.get_current_target()
-        major, minor = divmod(target.arch, 10)
-    if major in (9, 10):
-        return f"sm_{major}0"
-    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_89"
 
 
 def strides(x: torch.Tensor) -> tuple[int, int, int]:

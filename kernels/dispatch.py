@@ -1,4 +1,4 @@
-"""Which form of an operator runs: the one place that decides.
+"""Which form of an operator runs, and for which GPUs its launches are: the one place that decides.
 
 "eager"    PyTorch on whatever device the tensors are on
 "triton"   the kernels: on a CUDA device, or on CPU tensors under the interpreter or the offline driver
@@ -6,8 +6,10 @@
 """
 
 import os
+from typing import Any
 
 import torch
+import triton
 
 IMPLEMENTATIONS = ("auto", "eager", "triton")
 
@@ -41,6 +43,20 @@ def values_are_readable(tensor: torch.Tensor) -> bool:
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return (tensor.device.type == "cpu" and not _stands_for_gpu()) or os.environ.get("KERNELS_CHECK") == "1"
+
+
+def family(tensor: torch.Tensor) -> str:
+    """The architectures that share launches: by shared memory and matrix instructions."""
+    if tensor.is_cuda:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        return "sm_90"
+    else:
+        target: Any = triton.runtime.driver.active.get_current_target()
+        major, minor = divmod(target.arch, 10)
+    if major in (9, 10):
+        return f"sm_{major}0"
+    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_89"
 
 
 def _stands_for_gpu() -> bool:

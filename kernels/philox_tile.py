@@ -13,16 +13,20 @@ def signed_seed(seed: int) -> int:
     return seed - (1 << 64) if seed >> 63 else seed
 
 
+def seed_words(seed: int) -> tuple[int, int]:
+    """Both halves of the 64 bits of a seed, as the int32 that `joined_seed` takes: low, high."""
+    low, high = ((seed >> shift) & 0xFFFFFFFF for shift in (0, 32))
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
+
+
 def kernel_draws(rate: float, seed: int, place: int) -> tuple[int, int, int, int, float]:
     """The scalars of a launch: both halves of the seed as int32, place, threshold of a lane, scale of what is kept."""
-    low, high = ((seed >> shift) & 0xFFFFFFFF for shift in (0, 32))
-    low, high = (half - (1 << 32) if half >> 31 else half for half in (low, high))
-    return low, high, place, round(65536 * rate), 1 / (1 - rate)
+    return *seed_words(seed), place, round(65536 * rate), 1 / (1 - rate)
 
 
 @triton.jit
 def joined_seed(low, high):
-    """The key of 64 bits whose halves are the int32 words of `kernel_draws`."""
+    """The key of 64 bits whose halves are the int32 words of `seed_words`."""
     return (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True)
 
 

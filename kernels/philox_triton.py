@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.philox_tile import joined_seed, seed_words
+
 BLOCK = 256
 
 
@@ -18,7 +20,7 @@ def philox_words(
     # a tensor of one element is read where it is: the step of a recorded update
     tensors = [c if isinstance(c, int) or c.numel() == 1 else c.expand(shape).contiguous() for c in counters]
     if count:
-        low, high = seed & 0xFFFFFFFF, seed >> 32
+        low, high = seed_words(seed)
         _philox_kernel[(triton.cdiv(count, BLOCK),)](
             *(None if isinstance(c, int) else c for c in tensors),
             *(c if isinstance(c, int) else 0 for c in tensors),
@@ -39,7 +41,7 @@ def _philox_kernel(
 ):  # fmt: skip
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
-    seed = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+    seed = joined_seed(low, high)
     c0, c1 = _counter(c0_ptr, n0, step0, offs, mask), _counter(c1_ptr, n1, step1, offs, mask)
     c2, c3 = _counter(c2_ptr, n2, step2, offs, mask), _counter(c3_ptr, n3, step3, offs, mask)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention_tile import family
+from kernels.dispatch import family
 from kernels.gelu_tile import gelu
 
 # columns of a point's features in the kernels: a power of two; the last is 1 for a point that counts and carries bias1

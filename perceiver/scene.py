@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
+from kernels.gather import gather_rows
 from kernels.philox import name_key
 
 MAX_SEGMENTS = 64
@@ -222,9 +223,11 @@ class SceneBatch:
     def to(self, device: torch.device | str) -> "SceneBatch":
         return SceneBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-    def rows(self, index: torch.Tensor) -> "SceneBatch":
-        """Gather the rows `index` (int64, any order, on this batch's device)."""
-        return SceneBatch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+    def rows(self, index_B: torch.Tensor, *, impl: str = "auto") -> "SceneBatch":
+        """Gather the rows `index_B` (int64, any order, on this batch's device), see `kernels.gather`."""
+        names = [f.name for f in fields(self)]
+        gathered = gather_rows([getattr(self, name) for name in names], index_B, impl=impl)
+        return SceneBatch(**dict(zip(names, gathered, strict=True)))
 
     def with_geometry(self, xyz_BT3: torch.Tensor, gt_BM23: torch.Tensor) -> "SceneBatch":
         """The same rows at other coordinates (augmentation)."""

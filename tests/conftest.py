@@ -1,6 +1,8 @@
 """What every test runs under: the Triton interpreter where there is no GPU, one thread, poisoned memory."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,22 @@ def poisoned_memory():
     """Fill every `torch.empty` with NaN (the largest value for integers): a result nobody wrote shows."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The directory of a finished run of the recipe `tiny`: to read, not to write."""
+    from tests.tiny_runs import tiny_recipe, train_quietly
+
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    train_quietly(tiny_recipe(), path)
+    return path
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path) -> Path:
+    """A copy of the finished run, to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def pytest_collection_modifyitems(items):

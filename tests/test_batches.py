@@ -24,6 +24,11 @@ def test_an_epoch_visits_every_row_once():
     assert len(seen.unique()) == len(seen) == 32
 
 
+def test_rows_are_gathered_in_the_form_that_is_asked_for():
+    with pytest.raises(ValueError, match="impl must be one of auto, eager, triton, got 'fast'"):
+        batches().at(9, impl="fast")
+
+
 def test_a_step_of_another_stage_is_refused():
     for step in (8, 13):
         with pytest.raises(ValueError, match=r"step must be in \[9, 12\]"):

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from tests.tiny_runs import tiny_recipe, train_quietly
+from tests.tiny_runs import tiny_recipe
 from train.certificate import CertificateError, code_files, describe_kernels, read_certificate, write_certificate
 from train.checkpoint import load_checkpoint, tensors_digest
 from train.config import ROOT, recipe_to_dict
@@ -18,13 +18,6 @@ from train.determinism import Machine, enter
 from train.loop import run
 from train.rundir import RunDirectory
 from train.trace import digest, state_tensors
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "finished"
-    train_quietly(tiny_recipe(), path)
-    return path
 
 
 def test_a_certificate_holds_what_it_documents(finished):

@@ -84,13 +84,6 @@ def test_a_run_that_stopped_earlier_differs(runs):
     )
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "finished"
-    train_quietly(tiny_recipe(), path)
-    return path
-
-
 @pytest.fixture
 def other(finished, tmp_path):
     """A copy to spoil."""

@@ -1,9 +1,12 @@
 """Which implementation runs where, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import triton
 
-from kernels.dispatch import resolve, values_are_readable
+from kernels.dispatch import family, resolve, values_are_readable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -41,3 +44,19 @@ def test_under_the_offline_driver_cpu_tensors_are_treated_as_those_of_a_gpu(monk
 def test_values_are_read_on_the_cpu_and_never_from_a_meta_tensor():
     assert values_are_readable(torch.zeros(1))
     assert not values_are_readable(torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [(80, "sm_80"), (86, "sm_89"), (87, "sm_80"), (89, "sm_89"), (90, "sm_90"), (100, "sm_100"), (120, "sm_89")],
+)
+def test_gpus_of_one_family_share_launches(arch, name, monkeypatch):
+    compiler = SimpleNamespace(get_current_target=lambda: SimpleNamespace(arch=arch))
+    monkeypatch.setattr(triton.runtime.driver, "_active", compiler)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert family(torch.zeros(1)) == name
+
+
+def test_the_interpreter_launches_as_an_sm_90_does(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert family(torch.zeros(1)) == "sm_90"

@@ -4,8 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from bench import offline
 
 CODE = """
 import json
@@ -34,6 +38,13 @@ def compiled(tmp_path_factory):
 def test_every_launch_is_listed_with_its_grid_warps_and_bytes(compiled):
     rows, *_ = compiled
     assert [row[:5] for row in rows] == [["_clean_kernel", [2, 3], 8, 2 * 64 * 64 * 4, 64]] * 2
+
+
+def test_tensors_in_a_tuple_count_as_those_beside_it():
+    asm = dict.fromkeys(("ttir", "ttgir", "cubin"), "")
+    compiled = SimpleNamespace(metadata=SimpleNamespace(num_warps=4, shared=0), asm=asm)
+    arguments = {"x": torch.zeros(3), "several": (torch.zeros(5), torch.zeros(7)), "sizes": (5, 7)}
+    assert offline._launch("", compiled, arguments, (1,)).tensor_bytes == 4 * (3 + 5 + 7)
 
 
 def test_each_architecture_gets_code_of_its_own(compiled):

@@ -1,30 +1,15 @@
 """Updates made again: yes, no down to step and tensor, or why it cannot be checked here."""
 
 import json
-import shutil
 
 import pytest
 
 from perceiver.model import Perceiver
 from tests.test_verify import WEIGHT, flip_one_bit
-from tests.tiny_runs import tiny_recipe, train_quietly
+from tests.tiny_runs import tiny_recipe
 from train import determinism
 from train.replay import CannotCheck, initial_weights, recompute_update, replay
 from train.trace import tensor_digests
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "finished"
-    train_quietly(tiny_recipe(), path)
-    return path
-
-
-@pytest.fixture
-def run_dir(finished, tmp_path):
-    """A copy to spoil."""
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
 
 
 def test_another_processor_or_torch_cannot_be_replayed(finished, monkeypatch):

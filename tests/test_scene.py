@@ -205,10 +205,11 @@ def test_stacking_normalises_votes_and_replaces_what_is_missing_by_zero():
     assert not batch.behind_BT[1].any()
 
 
-def test_gathered_rows_are_the_rows_stacked_in_that_order():
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_gathered_rows_are_the_rows_stacked_in_that_order(impl, device):
     scenes = random_scenes(5)
-    gathered = stack_scenes(scenes).rows(torch.tensor([3, 0, 3]))
-    expected = stack_scenes([scenes[3], scenes[0], scenes[3]])
+    gathered = stack_scenes(scenes).to(device).rows(torch.tensor([3, 0, 3], device=device), impl=impl)
+    expected = stack_scenes([scenes[3], scenes[0], scenes[3]]).to(device)
     for field in dataclasses.fields(expected):
         assert torch.equal(getattr(gathered, field.name), getattr(expected, field.name))
 

@@ -8,27 +8,13 @@ import pytest
 import torch
 
 import train.replay
-from tests.tiny_runs import tiny_recipe, train_quietly
+from tests.tiny_runs import tiny_recipe
 from train import determinism
 from train.certificate import value_digest
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.verify import verify
 
 WEIGHT = "segmenter.decoder_layers.0.ffn.ffn.linear1.weight"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "finished"
-    train_quietly(tiny_recipe(), path)
-    return path
-
-
-@pytest.fixture
-def run_dir(finished, tmp_path):
-    """A copy to spoil."""
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
 
 
 def flip_one_bit(path):

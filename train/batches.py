@@ -38,13 +38,13 @@ class StageBatches:
         self._per_epoch = batches_per_epoch(len(data.train), self._stage.batch)
         self._epoch, self._order = -1, torch.empty(0)
 
-    def at(self, step: int) -> SceneBatch:
-        """Return the rows of update `step`, as stored, on the device.
+    def at(self, step: int, *, impl: str = "auto") -> SceneBatch:
+        """Return the rows of update `step`, as stored, on the device; `impl` is that of the gather.
 
         Raises:
             ValueError: the update belongs to another stage.
         """
-        return self.rows.rows(self.index(step))
+        return self.rows.rows(self.index(step), impl=impl)
 
     def index(self, step: int) -> torch.Tensor:
         """Return the numbers of the rows of update `step` in `rows`, int64 [B] on the device.

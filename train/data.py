@@ -33,8 +33,10 @@ _NAMED = 10
 # the code between the bytes of a source and stacked rows
 _CODE = (
     "kernels.philox",
+    "kernels.philox_tile",
     "kernels.philox_triton",
     "kernels.dispatch",
+    "kernels.gather",
     "perceiver.scene",
     "train.sources",
     "train.data",

@@ -76,7 +76,7 @@ class StageUpdates:
         return advance(
             self._model,
             self._optimizer,
-            self._batches.rows.rows(self._index_B),
+            self._batches.rows.rows(self._index_B, impl=self._machine.impl),
             step=self._step,
             stage=self._stage,
             recipe=self._recipe,

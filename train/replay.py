@@ -183,7 +183,7 @@ class Past:
                 result = update(
                     self.model,
                     self.optimizer,
-                    batches.at(self.step),
+                    batches.at(self.step, impl=self.machine.impl),
                     step=self.step,
                     stage=stage,
                     recipe=self.recipe,
