@@ -23,22 +23,23 @@ from bench.gpu_process import Ended, Sheet, Workers
 from bench.gpu_targets import compare, format_table
 from bench.results import default_name, installed_versions, merge
 
-# a part is told to end so long before it is made to
-_MARGIN_S = 5.0
+# a part is told to end so long before it is made to, and to be prepared
+_MARGIN_S, _PREPARED_S = 5.0, 15.0
 # for everything that is not timed
-PREPARE_S = 330.0
+PREPARE_S = 420.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """A part of the suite: what it runs, and if it times something, for how many seconds it has the machine for itself.
 
-    `--out FILE --seconds N` are added, for a part that times something also `--prepare N`. Not `unasked`: runs only if
-    it is named.
+    `--out FILE --seconds N` are added, for a part that times something also `--prepare N`. The higher its niceness, the
+    later it gets a processor. Not `unasked`: runs only if it is named.
     """
 
     command: tuple[str, ...]
     alone_s: float = 0.0
+    niceness: int = 10
     unasked: bool = True
 
 
@@ -51,12 +52,13 @@ PARTS = {
     "tests": Part(command=_module("bench.gpu_tests")),
     "repeats": Part(command=_module("bench.gpu_repeats")),
     "train": Part(command=_module("bench.gpu_train")),
-    "step": Part(command=_module("bench.gpu_step"), alone_s=70),
-    "matching": Part(command=_module("bench.gpu_speed", "matching"), alone_s=25),
-    "attention": Part(command=_module("bench.gpu_speed", "attention"), alone_s=60),
-    "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn"), alone_s=30),
-    "points": Part(command=_module("bench.gpu_speed", "points"), alone_s=20),
-    "tiles": Part(command=_module("bench.gpu_tiles"), alone_s=240, unasked=False),
+    # some of its peers compile longest
+    "step": Part(command=_module("bench.gpu_step"), alone_s=45, niceness=0),
+    "matching": Part(command=_module("bench.gpu_speed", "matching"), alone_s=12, niceness=5),
+    "attention": Part(command=_module("bench.gpu_speed", "attention"), alone_s=35, niceness=5),
+    "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn"), alone_s=15, niceness=5),
+    "points": Part(command=_module("bench.gpu_speed", "points"), alone_s=12, niceness=5),
+    "tiles": Part(command=_module("bench.gpu_tiles"), alone_s=60, unasked=False),
 }
 
 
@@ -73,10 +75,10 @@ def run_parts(parts: Mapping[str, Part], out: Path, name: str, machine: Mapping[
         for part_name, part in parts.items():
             (file := out / f"{part_name}.json").unlink(missing_ok=True)
             seconds = part.alone_s * scale or prepare
-            told = ["--out", str(file), "--seconds", _told(seconds)]
+            command = ["nice", "-n", str(part.niceness), *part.command, "--out", str(file), "--seconds", _told(seconds)]
             if part.alone_s:
-                told += ["--prepare", _told(prepare)]
-            workers.start(part_name, [*part.command, *told], turn_s=seconds)
+                command += ["--prepare", _told(prepare, _PREPARED_S)]
+            workers.start(part_name, command, turn_s=seconds)
         for part_name, ended in workers:
             if not isinstance(ended, Ended):
                 continue
@@ -92,8 +94,8 @@ def run_parts(parts: Mapping[str, Part], out: Path, name: str, machine: Mapping[
     return red
 
 
-def _told(seconds: float) -> str:
-    return f"{max(seconds - _MARGIN_S, seconds / 2):.1f}"
+def _told(seconds: float, margin: float = _MARGIN_S) -> str:
+    return f"{max(seconds - margin, seconds / 2):.1f}"
 
 
 def _gather(summary: Sheet, out: Path, machine: Mapping[str, Any]) -> None:

@@ -176,9 +176,10 @@ class Workers:
         """End workers that run, and give up those that have not been started."""
         for name in names:
             _signal(self._running[name].process, signal.SIGTERM)
+        end = time.monotonic() + _GRACE_S
         for name in names:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._running[name].process.wait(_GRACE_S)
+                self._running[name].process.wait(max(end - time.monotonic(), 0.0))
             _kill(self._running[name].process)
             yield from self._lines_of(name)
             yield name, self._end(name, None)

@@ -1,4 +1,4 @@
-"""A training step of the published model on the GPU: ours as a graph and launch by launch, and PyTorch's ways to it.
+"""A training step of the published model on the GPU: ours in several forms, and PyTorch's ways to it.
 
 Each way has a process of its own for each shape, and shows the loss of float64 before it is timed. All are prepared
 side by side and timed one after the other, alone. Rows are generated roofs; a step is augmentation, forward, loss,
@@ -26,6 +26,7 @@ from bench.gpu_speed import COMPILER
 from bench.gpu_step_peers import PlainPerceiver, plain_loss
 from bench.measure import quartiles, significant
 from bench.stirred import stirred_model
+from perceiver import products
 from perceiver.model import Perceiver
 from perceiver.scene import SceneBatch
 from train.augment import augment
@@ -40,11 +41,12 @@ SHAPES = {"32 x 2048": (32, 2048), "64 x 4096": (64, 4096)}
 # rows whose loss is compared with float64, and the relative error that bf16 may show
 CHECKED_ROWS, TOLERANCE = 8, 3e-2
 WARM_UP, SETTLE, ROUNDS, PROFILED, KERNELS = 8, 5, 20, 3, 40
-_PROCESSES = 14
+_PROCESSES = 16
 # of the time that one way at one shape may take when it is its turn
 SHARE = 0.2
 WAYS = (
     OURS,
+    f"{OURS}, one stream",
     f"{OURS}, launch by launch",
     "eager",
     "eager, deterministic",
@@ -152,8 +154,9 @@ def build_way(way: str, shape: tuple[int, int], recipe: Recipe | None = None):
     """Put the process into the way's state and return the setting, its machine, one step and its loss."""
     machine = enter(threads=2, precision="bf16", impl="auto")
     if way.startswith(OURS):
+        products.SIDE_STREAM = not way.endswith("one stream")
         at = setting(shape, machine, recipe)
-        return at, machine, *our_way(at, machine, graph=way == OURS)
+        return at, machine, *our_way(at, machine, graph=not way.endswith("launch by launch"))
     deterministic = way.endswith("deterministic")
     if not deterministic:
         torch.use_deterministic_algorithms(False)
@@ -259,6 +262,7 @@ def time_ways(
     """Time each way at each shape in a process of its own, keeping the sheet up to date."""
     content = sheet.content
     content |= {"cases": [], "profiles": {}, "errors": []}
+    sheet.write()
     environment = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE, **COMPILER}
     module = [sys.executable, "-m", "bench.gpu_step", "--worker"]
     both = {f"{way}, {shape}": (way, shape) for way in ways for shape in shapes}

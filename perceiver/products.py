@@ -61,17 +61,14 @@ class SideStream:
         self._in_use: list[torch.Tensor] = []
         self._stream = _stream(device) if device.type == "cuda" and SIDE_STREAM else None
 
-    def fork(self) -> None:
-        """Let the next products wait for what is launched on the current stream so far, and for nothing after it."""
-        if self._stream is not None:
-            self._forked_from = torch.cuda.current_stream(self._stream.device)
-            self._stream.wait_stream(self._forked_from)
-
     def product(self, a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
-        """Return a b of tensors from before `fork`. Until `join`, they must not be written, nor the product be read."""
+        """Return a b. Until `join`, neither may be written, nor the product be read."""
+        # memory of the first stream: the second must wait for what was launched there before, on it too
         out_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1])
         if self._stream is None:
             return torch.mm(a_MK, b_KN, out=out_MN)
+        self._forked_from = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(self._forked_from)
         self._in_use += [a_MK, b_KN, out_MN]
         with torch.cuda.stream(self._stream):
             return torch.mm(a_MK, b_KN, out=out_MN)
@@ -111,11 +108,9 @@ class _Linear(torch.autograd.Function):
         dx_BTC = dweight_NC = None
         # ahead of dx, for which the gradient of the weight need not wait
         if ctx.needs_input_grad[1]:
-            ctx.side.fork()
+            dweight_NC = ctx.side.product(dy_RN.t(), x_RC)
         if ctx.needs_input_grad[0]:
             dx_BTC = torch.mm(dy_RN, weight_NC).view(x_BTC.shape)
-        if ctx.needs_input_grad[1]:
-            dweight_NC = ctx.side.product(dy_RN.t(), x_RC)
         return dx_BTC, dweight_NC, None
 
 

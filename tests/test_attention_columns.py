@@ -91,7 +91,7 @@ def test_the_gradient_of_the_product_is_not_put_together_by_copies(device):
     kv_BSX.requires_grad_()
     columns = KeyValueColumns(kv_BSX)
     outputs = [columns.attend(queries[i], scales[i], kv_heads=G) for i, (_, G) in enumerate(HEADS)]
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         torch.autograd.grad(outputs, kv_BSX, dos)
     calls = {event.key for event in profile.key_averages()}
     assert "aten::new_empty" in calls
@@ -120,7 +120,8 @@ def test_a_size_of_zero_gives_zeros(sizes, device):
     assert all(not x.any() for x in through_columns(*problem(device, *sizes)))
 
 
-def test_what_does_not_fit_is_refused(device):
+def test_what_does_not_fit_is_refused(device, monkeypatch):
+    monkeypatch.setenv("KERNELS_CHECK", "1")
     queries, scales, kv_BSX, _ = problem(device)
     columns = KeyValueColumns(kv_BSX[..., : 3 * D])
     columns.attend(queries[0], scales[0], kv_heads=1)

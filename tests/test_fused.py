@@ -73,7 +73,7 @@ def test_a_stack_is_its_products_and_one_launch_between_them(device):
     segmenter, scene_B = stirred(Perceiver(CONFIG)).to(device).segmenter, torch.tensor([1, 2], device=device)
     drop = DropoutKey(rate=0.3, seed=5, step=torch.tensor(2, device=device), scene_B=scene_B)
     memory_BTC = torch.zeros(2, 24, CONFIG.hidden, dtype=torch.bfloat16, device=device)
-    with torch.profiler.profile() as profile, torch.autocast(device.type, torch.bfloat16):
+    with torch.profiler.profile(acc_events=True) as profile, torch.autocast(device.type, torch.bfloat16):
         out_BLC = fused_layers(
             segmenter.latent_layers, segmenter.latent_embed.weight, memory_BTC, drop=drop, as_memory=True
         )
@@ -93,7 +93,7 @@ def test_a_backward_makes_no_zeros_for_outputs_and_columns_without_a_gradient(de
     loss = segment_loss(
         predicted, batch.gt_BM23, batch.gt_count_B, LossConfig(iterations=2), endpoint_weight=1.0, impl="triton"
     )
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         loss.total.backward()
     calls = {event.key for event in profile.key_averages()}
     assert "ridgeline::match_segments_backward" in calls

@@ -139,7 +139,7 @@ def test_gradients_of_some_outputs_are_those_of_the_reference(used, device):
 def test_gradients_are_neither_filled_with_zeros_nor_copied(device):
     tensors = to_device(problem(2, 5, 24), device)
     inputs = [tensor.requires_grad_() for tensor in tensors[:6]]
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         outputs = segment_heads(*inputs, impl="triton")
         torch.autograd.backward(outputs, tensors[6:])
     calls = {event.key for event in profile.key_averages()}

@@ -88,6 +88,7 @@ def log(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(torch, "mm", noted("product", torch.mm))
+    monkeypatch.setattr(torch.Tensor, "new_empty", noted("memory", torch.Tensor.new_empty))
     monkeypatch.setattr(torch.ops.aten, "_foreach_copy_", noted("copy", torch.ops.aten._foreach_copy_))
 
     def start(self, device):
@@ -97,16 +98,18 @@ def log(monkeypatch):
     return log
 
 
-BACKWARD = ["side waits for main", "product on main", "product on side"]
+# the second stream also waits for what was done before with the memory of its product
+BACKWARD = ["memory on main", "side waits for main", "product on side", "product on main"]
+COPY = "copy on main"
 
 
 def test_each_weight_gradient_waits_for_what_it_reads_and_is_read_after_the_join(log):
     groups, x_BTC = layers("cpu"), torch.randn(2, 9, 32)
     expected = run(groups, x_BTC, one_after_the_other)
     stack = Products(groups, torch.float32)
-    assert log == ["copy on main"]
+    del log[: log.index(COPY) + 1]
     found = run(groups, x_BTC, stack.linear)
-    assert log[1:] == [*BACKWARD, *BACKWARD, *BACKWARD, "main waits for side", "copy on main"]
+    assert log == [*BACKWARD, *BACKWARD, *BACKWARD, "main waits for side", COPY]
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     assert not stack._side._in_use
 
@@ -139,10 +142,10 @@ def test_a_backward_that_fails_joins_when_its_graph_is_dropped(log):
     out_BTC = stack.linear(stack.linear(Failing.apply(x_BTC), *groups[1])[..., :32], *groups[2])
     with pytest.raises(RuntimeError, match="planted"):
         out_BTC.sum().backward()
-    assert log[1:] == [*BACKWARD, *BACKWARD]
+    backward = log[log.index(COPY) + 1 :]
+    assert backward == [*BACKWARD, *BACKWARD]
     del stack, x_BTC, out_BTC
-    assert side() is None
-    assert log[1:] == [*BACKWARD, *BACKWARD, "main waits for side"]
+    assert side() is None and log[-1] == "main waits for side"
 
 
 def test_a_group_is_used_once(device):
