@@ -124,13 +124,19 @@ def _attention_fwd_kernel(
             q, scale, o, l, m, k_ptr, v_ptr, rk_ptr, key_mask_ptr, stride_k[2], stride_v[2], b, S, count, s,
             key_mask_ptr is not None, ONLINE, PRECISION, BLOCK_S, D,
         )  # fmt: skip
-        if (s + BLOCK_S) % CHUNK == 0:
-            if SPLIT:
+        done = (s + BLOCK_S) % CHUNK == 0
+        if SPLIT:
+            if done:
                 line = partial + s // CHUNK * T
                 _store_chunk(partial_o_ptr, partial_l_ptr, partial_m_ptr, line, in_T, o, l, m, BLOCK_T, D)
-            else:
-                o_total, l_total, m_total = _add_chunk(o_total, l_total, m_total, o, l, m, ONLINE)
-            o, l, m = _no_keys(BLOCK_T, D)
+                o, l, m = _no_keys(BLOCK_T, D)
+        else:
+            # chosen and not branched to: across a branch, each instruction of a product waits for the one before
+            o_sum, l_sum, m_sum = _add_chunk(o_total, l_total, m_total, o, l, m, ONLINE)
+            o_total, l_total = tl.where(done, o_sum, o_total), tl.where(done, l_sum, l_total)
+            o, l = tl.where(done, 0.0, o), tl.where(done, 0.0, l)
+            if ONLINE:
+                m_total, m = tl.where(done, m_sum, m_total), tl.where(done, -INF, m)
     for s in tl.range(tl.maximum(begin, full), end, BLOCK_S, num_stages=1):
         o, l, m = _attend(
             q, scale, o, l, m, k_ptr, v_ptr, rk_ptr, key_mask_ptr, stride_k[2], stride_v[2], b, S, count, s,
