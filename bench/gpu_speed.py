@@ -26,8 +26,8 @@ from bench.peers import Peer
 BIT_REPEATS, _PROCESSES = 20, 4
 # shares of the time that the rows of plain PyTorch may take, and a row of torch.compile
 PLAIN_SHARE, COMPILED_SHARE = 0.6, 0.2
-# many processes compile side by side: each starts few of its own
-COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+# many processes compile side by side: each by itself
+COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 def ordered(rows: Iterable[tuple[Problem, list[Peer]]]) -> list[tuple[Problem, Peer]]:

@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note, wait_for_turn
 from bench.gpu_rows import OURS
-from bench.gpu_speed import COMPILER
 from bench.gpu_step_peers import PlainPerceiver, plain_loss
 from bench.measure import quartiles, significant
 from bench.stirred import stirred_model
@@ -42,6 +41,8 @@ SHAPES = {"32 x 2048": (32, 2048), "64 x 4096": (64, 4096)}
 CHECKED_ROWS, TOLERANCE = 8, 3e-2
 WARM_UP, SETTLE, ROUNDS, PROFILED, KERNELS = 8, 5, 20, 3, 40
 _PROCESSES = 16
+# many processes compile side by side: each starts few of its own
+COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "3"}
 # of the time that one way at one shape may take when it is its turn
 SHARE = 0.2
 WAYS = (

@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", default=operator_tests())
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=150.0)
-    parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--processes", type=int, default=min(10, os.cpu_count() or 1))
     options = parser.parse_args()
     end_on_sigterm()
     sheet = Sheet(options.out)
