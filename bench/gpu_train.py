@@ -47,10 +47,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     speeds = [json.loads(line) for line in (run_dir / "speed.jsonl").read_text().splitlines()]
     stages = [line for line in metrics if line["kind"] == "stage"]
-    scores = {
-        "scenes": stages[0]["scenes"],
-        "hss": [round(line["hss_mean"], 6) for line in stages if "hss_mean" in line],
-    }
+    scores = [round(line["hss_mean"], 6) for line in stages if "hss_mean" in line]
     losses = [round(line["loss"], 4) for line in metrics if line["kind"] == "train"]
     return {
         "files": files,

@@ -117,12 +117,22 @@ def _ways(cases: list[Case]) -> list[str]:
 
 
 def _bits(found: Results) -> list[str]:
-    repeats = found.get("checks", {}).get("repeats")
-    if not repeats:
-        return []
-    others = f"{len(repeats['differing'])} gave other bits, also of an item alone"
-    what = f"{repeats['swept']} of {repeats['configurations']} configurations of the operators"
-    return ["", f"{what} were called {repeats['repeats']:,} times under load: {others}."]
+    """What was found of bits, a sentence each."""
+    checks = found.get("checks", {})
+    repeats, train = checks.get("repeats"), checks.get("train")
+    told = []
+    if repeats:
+        others = f"{len(repeats['differing'])} gave other bits, also of an item alone"
+        what = f"{repeats['swept']} of {repeats['configurations']} configurations of the operators"
+        told.append(f"{what} were called {repeats['repeats']:,} times under load: {others}.")
+    if repeats and (fresh := repeats["processes"])["processes"]:
+        moved = len(fresh["differing_digests"]) + len(fresh["differing_cubins"])
+        what = f"{fresh['results']} results and the machine code of {fresh['kernels']} kernels"
+        told.append(f"{fresh['processes']} processes with cold caches compared {what}: {moved} differ.")
+    if train and train["same_bits"] is not None:
+        same = "the same bytes" if train["same_bits"] else "other bytes"
+        told.append(f"Three stages of {train['steps_each_stage']:,} updates each, trained twice: {same}.")
+    return ["", " ".join(told)] if told else []
 
 
 def _target(row: Case) -> str:

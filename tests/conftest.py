@@ -7,13 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-# cuBLAS reads it when the first test starts CUDA
+# cuBLAS reads it when the first test starts CUDA, and refuses deterministic algorithms without it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 HAS_GPU = torch.cuda.is_available()
-if HAS_GPU:
-    # cuBLAS reads it when CUDA starts, and refuses deterministic algorithms without it
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-else:
+if not HAS_GPU:
     # triton reads it when it is imported, so before any test module is
     os.environ["TRITON_INTERPRET"] = "1"
     from tests import interpreter_checks, interpreter_fixes

@@ -153,7 +153,7 @@ def test_a_part_is_told_to_end_a_little_before_it_is_made_to(tmp_path, monkeypat
     monkeypatch.setattr(gpu, "PREPARE_S", 50.0)
     _, summary = run_planted(parts, tmp_path, monkeypatch, scale=2.0)
     one, two = (case["told"] for case in summary["cases"])
-    assert one == ["--seconds", "95.0"] and two == ["--seconds", "55.0", "--prepare", "85.0"]
+    assert one == ["--seconds", "95.0"] and two == ["--seconds", "55.0", "--prepare", "55.0"]
 
 
 def test_without_a_gpu_the_suite_says_so_and_exits_2(monkeypatch, capsys, tmp_path):

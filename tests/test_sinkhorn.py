@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from bench.peers import POT_ALONE
 from kernels.sinkhorn import sinkhorn, sinkhorn_backward, sinkhorn_forward, sinkhorn_reference
 from tests.accuracy import assert_accurate
 from tests.sinkhorn_problems import KINDS, cast, differentiate, problem, truth_and_eager
@@ -314,7 +315,9 @@ def test_torch_export_takes_it():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_balanced_plans_agree_with_pot_and_geomloss(impl, device):
+def test_balanced_plans_agree_with_pot_and_geomloss(impl, device, monkeypatch):
+    for name, value in POT_ALONE.items():
+        monkeypatch.setenv(name, value)
     ot, geomloss_ot = pytest.importorskip("ot"), pytest.importorskip("geomloss.ot")
     cost = 3 * torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     plan = sinkhorn(cost.to(device, torch.float32), eps=2.0, iterations=15, impl=impl).plan_BNM.cpu().double()
