@@ -19,7 +19,7 @@ from bench.gpu_process import Ended, Line, Sheet, Workers, end_on_sigterm, note,
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 # beside those of the operators
-MORE = ("accuracy", "fused", "graph", "trace")
+MORE = ("accuracy", "fused", "graph", "products", "trace")
 SHARD, DONE = "RIDGELINE_SHARD", "RIDGELINE_DONE"
 _RESTARTS, _FAILURES, _MESSAGE_LINES, _LINE_WIDTH = 4, 60, 4, 200
 # after one of these every later CUDA call of the process fails

@@ -104,16 +104,17 @@ def gpus(results: Path) -> str:
 
 
 def _ways(cases: list[Case]) -> list[str]:
-    """A training step in every way that was timed, as a table of ways by shapes."""
-    steps = {(case["peer"], case["group"]): case["median_s"] for case in measured(cases) if case["suite"] == "step"}
+    """A training step in every way that was timed, with its spread, as a table of ways by shapes."""
+    steps = {
+        (case["peer"], case["group"]): f"{time_text(case['median_s'])} ± {time_text(case['iqr_s'])}"
+        for case in measured(cases)
+        if case["suite"] == "step"
+    }
     shapes, ways = sorted({group for _, group in steps}), dict.fromkeys(way for way, _ in steps)
     if not steps:
         return []
     head = ["", f"| {' | '.join(['a step of', *shapes])} |", "| --- |" + " --- |" * len(shapes)]
-    times = {way: [steps.get((way, shape)) for shape in shapes] for way in ways}
-    return head + [
-        f"| {way} | {' | '.join('' if x is None else time_text(x) for x in found)} |" for way, found in times.items()
-    ]
+    return head + [f"| {way} | {' | '.join(steps.get((way, shape), '') for shape in shapes)} |" for way in ways]
 
 
 def _bits(found: Results) -> list[str]:

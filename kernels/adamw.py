@@ -8,9 +8,9 @@
     norm        the norm and the factor, from the sums of all segments
     update      p, m and v of each segment, in one pass
 
-Gradients are read where they are and not rewritten. Pointers are arguments of the launches: inside a CUDA graph they
-are those of the recording, and nothing is copied from the host. A launch takes as many tensors as its arguments have
-room for. Shapes in names: P tensors, K segments.
+Gradients are not rewritten, and read where they are; one that lies off 16 bytes is copied first. Pointers are arguments
+of the launches: inside a CUDA graph they are those of the recording, and nothing is copied from the host. A launch
+takes as many tensors as its arguments have room for. Shapes in names: P tensors, K segments.
 """
 
 import itertools

@@ -6,6 +6,7 @@ product on to the next, and its gradient walks back the same way: the last atten
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels.attention import _check, _check_options, _kernel_inputs
 from kernels.attention_backward import attention_backward, segments
@@ -79,6 +80,7 @@ class _Attend(torch.autograd.Function):
         return outputs[0], kv_BSX.view_as(kv_BSX)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):
         do_BHTD, dkv_BSX = gradients
         q_BHTD, kv_BSX, log_scale_H, key_count_B, *outputs = ctx.saved_tensors

@@ -9,6 +9,7 @@ channels. Inside everything is float32. Nothing but x and bias is kept for the b
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import resolve
 from kernels.gelu_tile import gelu_slope, normal_cdf
@@ -124,6 +125,7 @@ class _Summed(torch.autograd.Function):
         return _forward(x_BTC, bias_C)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):
         dx_BTC = _bias_gelu_bwd(*gradients, *ctx.saved_tensors, ctx.dbias.partial_SC)
         return dx_BTC, ctx.dbias.sum_C, None

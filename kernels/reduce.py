@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 # lanes of a sum at most, elements of a tile, warps: with many segments few columns, so that there are programs enough
 BLOCK_S, TILE, WARPS = 128, 2048, 4
@@ -133,6 +134,7 @@ class _PassOn(torch.autograd.Function):
         return tuple(vector_C.view_as(vector_C) for vector_C in vectors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients: torch.Tensor | None):
         for group in ctx.groups.values():
             group.add_up()

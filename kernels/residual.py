@@ -8,6 +8,7 @@ Shapes in names: B batch, T rows of an item, C channels. Inside everything is fl
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import resolve
 from kernels.philox import Counter, dropout_keep
@@ -265,6 +266,7 @@ class _Summed(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):
         new_BTC, r_BT, gain_C, step_1, scene_B = ctx.saved_tensors
         dnew_BTC, dnormed_BTC, dcopy_BTC = _asked_for(ctx, gain_C, *gradients)

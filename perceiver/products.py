@@ -9,7 +9,10 @@ casts. On CUDA the gradients of weights are computed on a second stream. That ch
   workspace per stream, so the parts of a product that is split meet no others, and nothing is added by atomics
 - each tensor is written by one launch on one stream; what the second stream reads was launched before the event that it
   waits for, and what it writes is read after the event that the first stream waits for
-- all memory is that of the first stream, and is kept until then
+- all memory of tensors is that of the first stream, and is kept until then
+
+Nothing may read a gradient before the join, so detecting anomalies finds any. The weights of a group that has no part
+in the result get gradients of 0.
 """
 
 import functools
@@ -18,6 +21,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 # False: all products on one stream; the same bits
 SIDE_STREAM = True
@@ -101,6 +105,7 @@ class _Linear(torch.autograd.Function):
         return nn.functional.linear(x_BTC, weight_NC)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):
         x_BTC, weight_NC = ctx.saved_tensors
         # detached: what is in use must not hold the graph by which it is held
@@ -133,6 +138,7 @@ class _Joined(torch.autograd.Function):
         return tuple(joined)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients: torch.Tensor):
         ctx.side.join()
         parts = _parts(gradients, ctx.rows)

@@ -241,6 +241,7 @@ def test_the_tests_of_every_operator_are_found():
         "test_sinkhorn_small.py",
         "test_matching.py",
         "test_philox.py",
+        "test_products.py",
         "test_trace.py",
     } <= names
 

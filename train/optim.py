@@ -116,7 +116,10 @@ def build_optimizer(model: Perceiver, config: OptimConfig, *, impl: str = "auto"
     """AdamW over two groups: everything, and `conf_head.weight` with its own weight decay.
 
     On a CUDA device the learning rate is a tensor there, and the update is that of the kernels unless `impl` is
-    "eager"; on a CPU it is PyTorch's.
+    "eager"; on a CPU it is PyTorch's, under the interpreter too: it cannot tell so many tensors of a launch apart.
+
+    Raises:
+        ValueError: `impl` is unknown, or there is no place for its kernels.
     """
     conf_head = model.segmenter.conf_head.weight
     rest = [p for p in model.parameters() if p is not conf_head]
@@ -125,7 +128,7 @@ def build_optimizer(model: Perceiver, config: OptimConfig, *, impl: str = "auto"
         {"params": [conf_head], "weight_decay": config.conf_head_weight_decay},
     ]
     betas = config.beta1, config.beta2
-    if impl != "eager" and resolve("auto", conf_head.device) == "triton":
+    if resolve(impl, conf_head.device) == resolve("auto", conf_head.device) == "triton":
         return ClippedAdamW(groups, betas=betas, eps=config.adam_eps)
     on_gpu = conf_head.is_cuda
     lr = torch.zeros((), device=conf_head.device) if on_gpu else 0.0
