@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from kernels.gelu import bias_gelu, bias_gelu_reference
 from kernels.gelu_tile import gelu, gelu_slope, normal_cdf
+from kernels.reduce import JointSums
 from tests.accuracy import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,6 +67,18 @@ def test_both_tails_are_as_close_to_float64_as_eager(scale, device):
 def test_the_gradient_of_the_bias_is_exact_where_all_rows_err_alike(value, device):
     x, bias, dy = problem(1, 40, 8, torch.bfloat16)
     check_accuracy([torch.full_like(x, value), torch.zeros_like(bias), torch.ones_like(dy)], device)
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 64), (2, 5, 300), (0, 3, 8)])
+def test_a_gradient_added_up_with_others_has_the_bits_of_one_alone(shape, device):
+    x, bias, dy = to_device(problem(*shape, torch.bfloat16), device)
+
+    def differentiate(joint):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, bias)]
+        y = bias_gelu(*inputs, impl="triton", sums=JointSums([inputs[1]]) if joint else None)
+        return torch.autograd.grad(y, inputs, dy)
+
+    assert same_bits(differentiate(joint=True), differentiate(joint=False))
 
 
 def test_inside_a_kernel_gelu_is_the_exact_one_and_so_is_its_slope(device):

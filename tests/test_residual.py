@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.philox import dropout_keep
+from kernels.reduce import JointSums
 from kernels.residual import residual_norm, residual_norm_reference
 from tests.accuracy import assert_accurate
 
@@ -27,7 +28,7 @@ def problem(B, T, C, dtype=torch.float32, seed=0):
 
 def scenes(B, device="cpu"):
     """Scene ids from both ends of 32 bits."""
-    return torch.tensor([2**32 - 1 - 9 * b if b % 2 else b for b in range(B)], device=device)
+    return torch.tensor([2**32 - 1 - 9 * b if b % 2 else b for b in range(B)], dtype=torch.int64, device=device)
 
 
 def run(function, tensors, dtype=None, **options):
@@ -213,6 +214,25 @@ def test_a_call_repeats_bit_for_bit(device):
     tensors = to_device(problem(2, 70, 24, torch.bfloat16), device)
     options = DRAWS | {"scene_B": scenes(2, device), "impl": "triton"}
     assert same_bits(run(residual_norm, tensors, **options), run(residual_norm, tensors, **options))
+
+
+@pytest.mark.parametrize("missing", ["nothing", "gain", "bias"])
+@pytest.mark.parametrize("shape", [(3, 11, 256), (2, 9, 13), (0, 3, 8)])
+def test_gradients_added_up_with_others_have_the_bits_of_those_alone(shape, missing, device):
+    x, y, gain, bias, *upstream = to_device(problem(*shape), device)
+
+    def differentiate(joint):
+        leaves = {"x": x, "y": y, "gain": gain, "bias": bias}
+        leaves = {name: t.clone().requires_grad_() for name, t in leaves.items() if name != missing}
+        sums = JointSums([leaves[name] for name in ("gain", "bias") if name in leaves]) if joint else None
+        outputs = residual_norm(
+            leaves["x"], leaves["y"], leaves.get("gain"), bias_C=leaves.get("bias"), copy=True, sums=sums,
+            impl="triton", **DRAWS, scene_B=scenes(len(x), device),
+        )  # fmt: skip
+        pairs = [(out, up) for out, up in zip(outputs, upstream, strict=True) if out is not None]
+        return torch.autograd.grad([out for out, _ in pairs], list(leaves.values()), [up for _, up in pairs])
+
+    assert same_bits(differentiate(joint=True), differentiate(joint=False))
 
 
 @pytest.mark.parametrize("sizes", [(0, 3), (2, 0)], ids=["B", "T"])
