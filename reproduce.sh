@@ -74,6 +74,8 @@ make_environment() {
     if [[ -f $stamp && $(<"$stamp") == "${key%% *} "*"${REPRODUCE_PYTHON:-}" ]] && .venv/bin/python -c '' 2>/dev/null; then
         return
     fi
+    # venv would empty the directory that a link leads to
+    [[ ! -L .venv ]] || fail ".venv must be a directory of this checkout, it is a link: remove it"
     [[ $(uname -sm) == "Linux x86_64" ]] || fail "supported is Linux on x86-64, this is $(uname -sm)"
     base=$(find_python "$can_make_environment" "${candidates[@]}") ||
         fail "install Python 3.11 or 3.12 with its venv module (Debian, Ubuntu: apt install python3-venv)," \

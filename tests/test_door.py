@@ -74,6 +74,17 @@ def test_an_unknown_command_exits_2_with_usage(door):
     assert "unknown command 'dmeo'" in answer.stderr and "Usage:" in answer.stderr and answer.stdout == ""
 
 
+def test_an_environment_elsewhere_that_is_linked_to_is_not_emptied(door, tmp_path):
+    door.install("python3.12", WORKING)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    (door.home / ".venv").symlink_to(elsewhere)
+    answer = door("demo")
+    assert answer.returncode == 1 and "it is a link: remove it" in answer.stderr
+    assert (elsewhere / "kept").exists() and not door.calls()
+
+
 def test_candidates_that_do_not_run_are_named_with_the_cure(door):
     answer = door("demo")
     assert answer.returncode == 1
