@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.log1p_tile import artanh_series
 from kernels.reduce import sum_segments
 
 UNITS = 8
@@ -132,16 +133,11 @@ def _length(d0, d1, d2):
 
 @triton.jit
 def _softplus(z):
-    """log(1 + exp(z)), with log(1 + t) = 2 artanh(t / (2 + t)) by its series: small values keep their digits."""
+    """log(1 + exp(z)), with log(1 + t) = 2 artanh(t / (2 + t)): small values keep their digits."""
     t = _exp_of_minus(tl.abs(z))
     s = tl.div_rn(t, 2.0 + t)
     g = s * s
-    series = g * (1 / 13) + 1 / 11
-    series = series * g + 1 / 9
-    series = series * g + 1 / 7
-    series = series * g + 1 / 5
-    series = series * g + 1 / 3
-    return tl.maximum(z, 0.0) + 2.0 * (s + s * (g * series))
+    return tl.maximum(z, 0.0) + 2.0 * (s + s * (g * artanh_series(g)))
 
 
 @triton.jit
