@@ -1,10 +1,10 @@
 """Segment matching on a GPU: one launch gives the losses and all their gradients, the backward's only weights them.
 
-One program per item, the tile of all pairs in registers (`kernels.sinkhorn_tile` says how it lies there): cost, plan,
+One program per item, the tile of all pairs in registers (`kernels.sinkhorn_layout` says how it lies there): cost, plan,
 losses and gradients follow from each other without a number of size N x M in memory. Coordinates are read one axis at a
 time from the cache, and the cost is computed again after the solve, so that few tiles are alive at once.
 
-Sums are those of `sinkhorn_tile.sum_over`. An item's bits depend on its own values and on the tile that its capacity
+Sums are those of `sinkhorn_layout`. An item's bits depend on its own values and on the tile that its capacity
 asks for, up to 64 or up to 128 rows and columns: not on the batch, its neighbours or the padding inside a tile.
 """
 
@@ -13,18 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sinkhorn_tile import (
-    AUTO,
-    INF,
-    col_offsets,
-    max_over,
-    reverse_tile,
-    row_offsets,
-    solve_tile,
-    sum_over,
-    sum_rows_of_both,
-    uniform_log_masses,
-)
+from kernels.sinkhorn_layout import INF, col_offsets, max_over, row_offsets, sum_over, sum_rows_of_both
+from kernels.sinkhorn_tile import AUTO, reverse_tile, solve_tile, uniform_log_masses
 
 # rows and columns side by side in the threads of a program, for every architecture, tile and mode; warps as measured on
 # an H200 (bench/LOG.md)

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sinkhorn_layout import INF, col_offsets, row_offsets
 from kernels.sinkhorn_small import load_masses
-from kernels.sinkhorn_tile import INF, col_offsets, row_offsets
 
 BLOCK = 32
 UNSPECIALIZED = ["N", "M", "T", "cost_b", "cost_n", "cost_m", "grad_b", "grad_n", "grad_m", "t"]

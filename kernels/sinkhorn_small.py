@@ -9,19 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sinkhorn_tile import (
-    AUTO,
-    INF,
-    LOG,
-    SCALING,
-    col_offsets,
-    max_over,
-    reverse_tile,
-    row_offsets,
-    solve_tile,
-    sum_over,
-    uniform_log_masses,
-)
+from kernels.sinkhorn_layout import INF, col_offsets, max_over, row_offsets, sum_over
+from kernels.sinkhorn_tile import AUTO, LOG, SCALING, reverse_tile, solve_tile, uniform_log_masses
 
 MAX_TILE = 128
 # rows and columns side by side in the threads of a program, for every architecture, tile and direction
