@@ -16,9 +16,12 @@ from torch import Tensor
 from kernels.sinkhorn_layout import INF, col_offsets, max_over, row_offsets, sum_over, sum_rows_of_both
 from kernels.sinkhorn_tile import AUTO, reverse_tile, solve_tile, uniform_log_masses
 
-# rows and columns side by side in the threads of a program, for every architecture, tile and mode; warps as measured on
-# an H200 (bench/LOG.md)
-LAYOUT = {"N0": 16, "M0": 16, "num_warps": 4, "num_stages": 1}
+# by tile: rows and columns side by side in the threads of a program; for every architecture and mode. The bound of the
+# registers is what a thread can have at most: without it the compiler would rather spill than use more than half
+LAYOUT = {
+    64: {"N0": 16, "M0": 16, "num_warps": 8, "num_stages": 1, "maxnreg": 255},
+    128: {"N0": 32, "M0": 16, "num_warps": 16, "num_stages": 1},
+}
 
 
 def match_segments_forward_triton(
@@ -31,6 +34,7 @@ def match_segments_forward_triton(
     grads_B27N = len_BN.new_empty((B, 2, 7, N) if need_grad else 0, dtype=torch.float32)
     exact = need_grad and settings.plan_gradient == "exact"
     history = len_BN.new_empty((B, N + M + 2, settings.iterations + 1) if exact else 0, dtype=torch.float32)
+    block_n, block_m = (64 if size <= 64 else 128 for size in (N, M))
     inputs = (tensor.contiguous() for tensor in (mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B))
     if B:
         _match_segments_fwd_kernel[(B,)](
@@ -38,7 +42,7 @@ def match_segments_forward_triton(
             settings.direction_weight, settings.length_weight, settings.cost_scale,
             -1 / settings.eps, -settings.cost_scale * settings.dustbin / settings.eps,
             MINIMAL=settings.slack == "minimal", NEED_GRAD=need_grad, EXACT=exact,
-            BLOCK_N=64 if N <= 64 else 128, BLOCK_M=64 if M <= 64 else 128, **LAYOUT,
+            BLOCK_N=block_n, BLOCK_M=block_m, **LAYOUT[max(block_n, block_m)],
         )  # fmt: skip
     return transport_B, endpoint_B, matched_BN, partner_BN, grads_B27N
 
