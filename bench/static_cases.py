@@ -44,7 +44,7 @@ SPILLS_ALLOWED: dict[tuple[str, int | str], tuple[int, str]] = {
     ("_sinkhorn_bwd_kernel", "64x128"): (4, "a row vector, once, on sm_100"),
     ("_match_segments_fwd_kernel", "128x128"): (700, _TILE_128),
     ("_match_segments_fwd_kernel", "128x128 exact"): (1500, _TILE_128),
-    ("_match_segments_fwd_kernel", "64x64 exact"): (4, "an address and a mask, once, on sm_80"),
+    ("_match_segments_fwd_kernel", "64x64 exact"): (40, "the plan waits beside three tiles of the reverse pass, not in its loop"),
 }
 
 

@@ -126,16 +126,28 @@ def together(x, N0: tl.constexpr):
 
 
 @triton.jit
+def tile_together(x, N0: tl.constexpr, M0: tl.constexpr):
+    """Return what lies by rows as a tile."""
+    N: tl.constexpr = x.shape[1]
+    M: tl.constexpr = LANES * x.shape[2] * RUN
+    x = tl.reshape(tl.permute(x, (1, 0, 2, 3)), (N, M))
+    x = tl.gather(x, tl.broadcast_to(tl.arange(0, M)[None, :], (N, M)), 1)
+    return tl.permute(tl.reshape(x, (N // N0, N0, M // M0, M0)), (0, 2, 1, 3))
+
+
+@triton.jit
 def store_apart(history, t, u, u_bin, v, v_bin):
     """Store vectors of the forms, and their bins, of which every element is a copy, after t iterations."""
     pointer, N_out, M_out, T = history
-    offs = tl.arange(0, u.shape[1])[None, :, None, None]
-    at = pointer + t
-    tl.store(at + offs * (T + 1), u, mask=offs < N_out)
-    tl.store(at + N_out * (T + 1) + offs * 0, u_bin, mask=offs == 0)
+    # the first lane of a row stores it; with addresses that rise along the lanes the threads are those of a form
+    lane, row = tl.arange(0, LANES)[:, None, None, None], tl.arange(0, u.shape[1])[None, :, None, None]
+    at = pointer + t + lane
+    first, only = (lane == 0) & (row >= 0), (lane == 0) & (row == 0)
+    tl.store(at + row * (T + 1), tl.broadcast_to(u, first.shape), mask=first & (row < N_out))
+    tl.store(at + (N_out + row * 0) * (T + 1), tl.broadcast_to(u_bin, first.shape), mask=only)
     at += (N_out + 1) * (T + 1)
-    tl.store(at + offs * (T + 1), v, mask=offs < M_out)
-    tl.store(at + M_out * (T + 1) + offs * 0, v_bin, mask=offs == 0)
+    tl.store(at + row * (T + 1), tl.broadcast_to(v, first.shape), mask=first & (row < M_out))
+    tl.store(at + (M_out + row * 0) * (T + 1), tl.broadcast_to(v_bin, first.shape), mask=only)
 
 
 @triton.jit
@@ -151,6 +163,21 @@ def store_vectors(history, t, u, u_bin, v, v_bin):
     at += (N_out + 1) * (T + 1)
     tl.store(at + col * (T + 1), tl.broadcast_to(v, col.shape), mask=(col < M_out) & (lane_n == 0))
     tl.store(at + (M_out + bin) * (T + 1), v_bin)
+
+
+@triton.jit
+def load_apart(history, t, N: tl.constexpr):
+    """Return u, u_bin, v, v_bin after t iterations, and v along the rows; the bins are scalars."""
+    pointer, N_out, M_out, T = history
+    offs = tl.arange(0, N)[None, :, None, None]
+    offs_along = along(offs)
+    at = pointer + t
+    u = tl.load(at + offs * (T + 1), mask=offs < N_out, other=0.0)
+    u_bin = tl.load(at + N_out * (T + 1))
+    at += (N_out + 1) * (T + 1)
+    v = tl.load(at + offs * (T + 1), mask=offs < M_out, other=0.0)
+    v_along = tl.load(at + offs_along * (T + 1), mask=offs_along < M_out, other=0.0)
+    return u, u_bin, v, tl.load(at + M_out * (T + 1)), v_along
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from kernels.sinkhorn_layout import (
     finite,
     held,
     hold,
+    load_apart,
     load_vectors,
     max_over,
     over,
@@ -28,6 +29,7 @@ from kernels.sinkhorn_layout import (
     sum_along,
     sum_over,
     sum_rows_of_both,
+    tile_together,
     together,
 )
 
@@ -156,16 +158,79 @@ def _share_of_copies(x):
 
 @triton.jit
 def reverse_scaling(G, Gr, Gc, bordered, z, masses, history, SHIFT: tl.constexpr):
+    """Return the gradients with respect to Z, z, log_a, log_a_bin, log_b and log_b_bin."""
     K, kr, kc, kk, _, _ = _absorb(bordered, z, masses, SHIFT)
-    a, a_bin, b, b_bin = _exp(masses)
-    T = history[3]
-    u, u_bin, v, v_bin = load_vectors(history, T, masses)
+    vectors = load_vectors(history, history[3], masses)
+    u, u_bin, v, v_bin = vectors
     # S = G u v^T;  gu = (G K) v;  gv = (G K)^T u
     S = G * u * v
     gu, gu_bin = sum_over(G * K * v, 1) + Gr * kr * v_bin, sum_over(Gc * kc * v, 1)
     gv, gv_bin = sum_over(G * K * u, 0) + Gc * kc * u_bin, sum_over(Gr * kr * u, 0)
-    dz = gu_bin * u_bin + gv_bin * v_bin
+    kernel, gradients, masses = (K, kr, kc, kk), (S, gu, gu_bin, gv, gv_bin), _exp(masses)
+    if K.shape[0] * K.shape[2] == IN_FORMS and K.shape[1] * K.shape[3] == IN_FORMS:
+        dZ, dz, da, da_bin, db, db_bin = _reverse_in_forms(kernel, gradients, vectors, masses, history, SHIFT)
+    else:
+        dZ, dz, da, da_bin, db, db_bin = _reverse(kernel, gradients, vectors, masses, history)
+    # the bin's row and column of S, times those of K: what is not in dz cancels against da_bin and db_bin
+    dz += gu_bin * u_bin + gv_bin * v_bin - da_bin - db_bin
+    return dZ, dz, da, da_bin, db, db_bin
+
+
+@triton.jit
+def _reverse_in_forms(kernel, gradients, vectors, masses, history, SHIFT: tl.constexpr):
+    """Walk back through the iterations; each sum in the form that keeps it in a thread, S in that of the rows."""
+    K, kr, kc, kk = kernel
+    N0: tl.constexpr = K.shape[2]
+    M0: tl.constexpr = K.shape[3]
+    T = history[3]
+    zeros = held(K.shape[0] * N0, history)
+    K_rows, K_cols, S = hold(by_rows(K), zeros, T), hold(by_cols(K), zeros, T), hold(by_rows(gradients[0]), zeros, T)
+    a, a_bin, b, b_bin = apart(masses[0]), tl.sum(masses[1]), apart(masses[2]), tl.sum(masses[3])
+    u, u_bin, v, v_bin = apart(vectors[0]), tl.sum(vectors[1]), apart(vectors[2]), tl.sum(vectors[3])
+    kr_along, kc_along = kr, kc
+    if not SHIFT:
+        kr, kc, kk = apart(kr), apart(kc), tl.sum(kk)
+        kr_along, kc_along = hold(along(kr), zeros, T), hold(along(kc), zeros, T)
+    gu, gv, none = apart(gradients[1]), apart(gradients[3]), tl.zeros_like(a)
+    gu_bin, gv_bin = none + tl.sum(gradients[2]), none + tl.sum(gradients[4])
+    da, da_bin, db, db_bin, dz = none, none, none, none, none
+    for i in range(T):
+        u_next, u_next_bin, w, w_bin, w_along = load_apart(history, T - 1 - i, K.shape[0] * N0)
+        # db += gv v;  q = -(gv v) (v / b), since v^2 could overflow;  S += u q^T;  gu += K q
+        db += gv * v
+        db_bin += gv_bin * v_bin
+        q, q_bin = -(gv * v) * over(v, b), -(gv_bin * v_bin) * over(v_bin, b_bin)
+        x = hold(along(q), zeros, i)
+        S += u * x
+        kc_q = sum_along(kc_along * x)
+        gu += sum_along(K_rows * x) + kr * q_bin
+        gu_bin += kc_q + kk * q_bin
+        # da += gu u;  p = -(gu u) (u / a);  S += p w^T;  gv = K^T p
+        da += gu * u
+        da_bin += gu_bin * u_bin
+        p, p_bin = -(gu * u) * over(u, a), -(gu_bin * u_bin) * over(u_bin, a_bin)
+        S += p * w_along
+        x = hold(along(p), zeros, i)
+        kr_p = sum_along(kr_along * x)
+        gv, gv_bin = sum_along(K_cols * x) + kc * p_bin, kr_p + kk * p_bin
+        dz += u_bin * kc_q + w_bin * kr_p
+        gu, gu_bin = none, none
+        u, u_bin, v, v_bin = u_next, u_next_bin, w, w_bin
+    dZ, da, db = tile_together(K_rows * S, N0, M0), together(da, N0), tl.permute(together(db, M0), (1, 0, 3, 2))
+    bin = tl.zeros_like(masses[1])
+    return dZ, bin + tl.max(dz), da, bin + tl.max(da_bin), db, bin + tl.max(db_bin)
+
+
+@triton.jit
+def _reverse(kernel, gradients, vectors, masses, history):
+    """Walk back through the iterations; all sums in the form of the tile."""
+    K, kr, kc, kk = kernel
+    S, gu, gu_bin, gv, gv_bin = gradients
+    a, a_bin, b, b_bin = masses
+    u, u_bin, v, v_bin = vectors
+    T = history[3]
     da, da_bin, db, db_bin = tl.zeros_like(a), tl.zeros_like(a_bin), tl.zeros_like(b), tl.zeros_like(b_bin)
+    dz = tl.zeros_like(a_bin)
     for i in range(T):
         u_next, u_next_bin, w, w_bin = load_vectors(history, T - 1 - i, masses)
         # db += gv v;  q = -(gv v) (v / b), since v^2 could overflow;  S += u q^T;  gu += K q
@@ -183,11 +248,10 @@ def reverse_scaling(G, Gr, Gc, bordered, z, masses, history, SHIFT: tl.constexpr
         S += p * w
         kr_p = sum_over(kr * p, 0)
         gv, gv_bin = sum_over(K * p, 0) + kc * p_bin, kr_p + kk * p_bin
-        # the bin's row and column of S, times those of K: what is not here cancels against da_bin and db_bin below
         dz += u_bin * kc_q + w_bin * kr_p
         gu, gu_bin = tl.zeros_like(gu), tl.zeros_like(gu_bin)
         u, u_bin, v, v_bin = u_next, u_next_bin, w, w_bin
-    return K * S, dz - da_bin - db_bin, da, da_bin, db, db_bin
+    return K * S, dz, da, da_bin, db, db_bin
 
 
 @triton.jit

@@ -130,8 +130,10 @@ def test_a_result_is_kept_as_it_was_and_only_units_that_ran_again_are_replaced(t
     assert _committed(path) == {f"{units[0]}/_kernel": rows[f"{units[0]}/_kernel"]} | grown
 
 
-def test_a_spill_passes_only_where_it_is_listed_and_up_to_what_is_listed():
-    allowed = {("_kernel", 90): (8, "why")}
+@pytest.mark.parametrize("place", [90, "case"])
+def test_a_spill_passes_only_where_it_is_listed_and_up_to_what_is_listed(place):
+    allowed = {("_kernel", place): (8, "why")}
     assert _violations({"spills": 8}, allowed=allowed) == []
     assert _violations({"spills": 9}, allowed=allowed) == [f"{KEY}: spills must be at most 8, got 9 LDL and STL"]
-    assert _violations({"spills": 8}, allowed={("_kernel", 80): (8, "why")}) != []
+    for other in (80, "other case"):
+        assert _violations({"spills": 8}, allowed={("_kernel", other): (8, "why")}) != []
