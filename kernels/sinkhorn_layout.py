@@ -152,6 +152,7 @@ def store_apart(history, t, u, u_bin, v, v_bin):
 
 @triton.jit
 def store_vectors(history, t, u, u_bin, v, v_bin):
+    """Store vectors of a tile, and their bins, after t iterations."""
     pointer, N_out, M_out, T = history
     offs_n, offs_m, bin = _offsets(u, v)
     # every thread of a row holds its u: to say which one stores it spares a change of layout
@@ -210,4 +211,5 @@ def over(x, y):
 
 @triton.jit
 def finite(x):
+    """Return x, and 0 where it is -inf."""
     return tl.where(x == -INF, 0.0, x)
