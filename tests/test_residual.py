@@ -189,6 +189,16 @@ def test_strides_change_no_bits(device):
     )
 
 
+@pytest.mark.parametrize("case", ["every other", "one for all"])
+def test_strides_of_the_scenes_change_no_bits(case, device):
+    tensors = to_device(problem(3, 5, 24), device)
+    scene_B = scenes(3, device).repeat_interleave(2)[::2] if case == "every other" else scenes(1, device).expand(3)
+    strided, dense = (
+        run(residual_norm, tensors, impl="triton", **DRAWS, scene_B=scene) for scene in (scene_B, scene_B.contiguous())
+    )
+    assert same_bits(strided, dense)
+
+
 def test_an_items_bits_do_not_depend_on_the_batch(device):
     tensors = to_device(problem(3, 7, 40, torch.bfloat16), device)
     scene_B = scenes(3, device)
