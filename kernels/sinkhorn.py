@@ -235,6 +235,8 @@ def sinkhorn_backward(
         (G[:, :N, :M], G[:, :N, M], G[:, N, :M]), upstream, (total, total[:, 0], total[:, 0]), strict=True
     ):
         torch.mul(grad, factor, out=part)
+    # 0 times what is in the padding of an upstream is NaN where that is
+    sinkhorn_eager.only_massive(G, log_mass_a, log_mass_b)
     grad_Z, grad_a, grad_b = sinkhorn_eager.reverse(G, Z, log_mass_a, log_mass_b, shift, potentials, scales)
     grad_cost = (grad_Z[:, :N, :M] / -eps).to(cost.dtype)
     grad_dustbin = (grad_Z[:, :, M].sum(1) + grad_Z[:, N, :M].sum(1)) / -eps

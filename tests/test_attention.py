@@ -153,6 +153,16 @@ def test_an_item_without_a_valid_key_is_zero_and_so_are_its_gradients(keys, impl
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("keys", [counts(0, 5), random_mask(2, 9)], ids=["count", "mask"])
+def test_garbage_in_the_upstream_gradient_of_an_item_without_a_valid_key_has_no_effect(keys, impl, device):
+    *tensors, do = to_device(problem(2, 2, 1, 6, 9, 16), device)
+    keys = {name: value.to(device) for name, value in keys.items()}
+    dirty = do.clone()
+    dirty[0 if "key_count_B" in keys else 1] = math.nan
+    assert same_bits(*(run(gqa_attention, [*tensors, x], impl=impl, **keys) for x in (dirty, do)))
+
+
+@pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("garbage", [math.nan, math.inf])
 @pytest.mark.parametrize("keys", [counts(70, 5), random_mask(2, 130)], ids=["count", "mask"])
 def test_garbage_in_keys_that_do_not_count_has_no_effect(keys, garbage, impl, device):
