@@ -189,7 +189,8 @@ def match_segments_forward(
     """Return a Match, and the gradients [B, loss, 7, N] of (mid, dir, len): of size 0 without need_grad."""
     settings = Settings(direction_weight, length_weight, cost_scale, eps, iterations, dustbin, slack, plan_gradient)
     form = match_segments_forward_triton if impl == "triton" else match_segments_forward_eager
-    return form(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, settings, need_grad)
+    with torch.autocast(mid_BN3.device.type, enabled=False):
+        return form(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, settings, need_grad)
 
 
 @match_segments_forward.register_fake

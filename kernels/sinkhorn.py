@@ -197,7 +197,8 @@ def sinkhorn_forward(
     if impl == "triton":
         return sinkhorn_large.sinkhorn_large_forward(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack)
     Z, log_mass_a, log_mass_b, total, shift = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack)
-    P, potentials, scales = sinkhorn_eager.solve(Z, log_mass_a, log_mass_b, iterations, shift, path)
+    with torch.autocast(cost.device.type, enabled=False):
+        P, potentials, scales = sinkhorn_eager.solve(Z, log_mass_a, log_mass_b, iterations, shift, path)
     plan, row_slack, col_slack = (
         (part * factor).to(cost.dtype)
         for part, factor in ((P[:, :N, :M], total), (P[:, :N, M], total[:, 0]), (P[:, N, :M], total[:, 0]))
@@ -237,7 +238,8 @@ def sinkhorn_backward(
         torch.mul(grad, factor, out=part)
     # 0 times what is in the padding of an upstream is NaN where that is
     sinkhorn_eager.only_massive(G, log_mass_a, log_mass_b)
-    grad_Z, grad_a, grad_b = sinkhorn_eager.reverse(G, Z, log_mass_a, log_mass_b, shift, potentials, scales)
+    with torch.autocast(cost.device.type, enabled=False):
+        grad_Z, grad_a, grad_b = sinkhorn_eager.reverse(G, Z, log_mass_a, log_mass_b, shift, potentials, scales)
     grad_cost = (grad_Z[:, :N, :M] / -eps).to(cost.dtype)
     grad_dustbin = (grad_Z[:, :, M].sum(1) + grad_Z[:, N, :M].sum(1)) / -eps
     # with weights a bin's mass is the total of the other side
