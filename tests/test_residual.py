@@ -313,6 +313,10 @@ def test_torch_compile_gives_the_bits_of_eager(device):
         ({"scene_B": torch.zeros(2)}, "scene must be 2 of int64"),
         ({"step": torch.zeros(2, dtype=torch.int64)}, "step must be 1 of int64"),
         ({"step": torch.zeros((), dtype=torch.int32)}, "step must be 1 of int64"),
+        ({"step": -1}, r"step must be an int in \[0, 2\^32\), got -1"),
+        ({"step": 1.5}, r"step must be an int in \[0, 2\^32\), got 1.5"),
+        ({"place": 2**32}, r"place must be an int in \[0, 2\^32\), got 4294967296"),
+        ({"scene_B": torch.tensor([-1, 0])}, r"scene must be in \[0, 2\^32\), got -1 to 0"),
         ({"impl": "fast"}, "impl must be one of"),
     ],
 )
