@@ -109,6 +109,16 @@ def test_the_largest_temperature_neither_overflows_nor_loses_small_weights(dtype
 
 
 @pytest.mark.parametrize("impl", FORMS)
+def test_the_extremes_of_log_scale_take_the_nearest_key_or_the_mean_of_all(impl, device):
+    q, k, v, *_ = problem(1, 2, 1, 6, 9, 16)
+    tensors = to_device([q, k, v, torch.tensor([88.0, -88.0])], device)
+    o = gqa_attention(*tensors, impl=impl, softmax="online", precision="ieee").cpu()
+    nearest = (normalize(q[0, 0], dim=-1) @ normalize(k[0, 0], dim=-1).T).argmax(1)
+    torch.testing.assert_close(o[0, 0], v[0, 0, nearest])
+    torch.testing.assert_close(o[0, 1], v[0, 0].mean(0).expand(6, 16))
+
+
+@pytest.mark.parametrize("impl", FORMS)
 def test_queries_and_keys_shorter_than_eps_are_divided_by_eps(impl, device):
     tensors = problem(1, 2, 1, 8, 40, 16)
     for x in tensors[:2]:
@@ -268,6 +278,20 @@ def test_registration_passes_opcheck(limit, impl, device):
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("name", ["q", "k", "v", "do"])
+def test_registration_knows_the_strides_where_rows_are_not_dense(name, impl, device):
+    named = dict(zip(("q", "k", "v", "log_scale", "do"), to_device(problem(2, 4, 2, 5, 9, 16), device), strict=True))
+    named[name] = named[name].mT.contiguous().mT
+    *inputs, do = named.values()
+    check = {"test_utils": ("test_schema", "test_faketensor")}
+    operators, settings = torch.ops.ridgeline, (None, None, "static", "ieee", 1, impl)
+    torch.library.opcheck(operators.gqa_attention_forward.default, (*inputs, *settings), **check)
+    outputs = operators.gqa_attention_forward(*inputs, *settings)
+    backward = (do, *inputs, None, None, *outputs, "ieee", impl)
+    torch.library.opcheck(operators.gqa_attention_backward.default, backward, **check)
+
+
+@pytest.mark.parametrize("impl", FORMS)
 def test_torch_compile_gives_the_bits_of_eager(impl, device):
     tensors = to_device(problem(2, 2, 1, 5, 9, 16), device)
     key_count_B = torch.tensor([9, 4], device=device)
@@ -327,6 +351,9 @@ def _replace(**changes):
         ({"log_scale_H": torch.full((4,), math.log(61))}, "log_scale must be at most log 60"),
         ({"log_scale_H": torch.full((4,), math.nan)}, "log_scale must be finite"),
         ({"log_scale_H": torch.full((4,), math.inf), "softmax": "online"}, "log_scale must be finite"),
+        ({"log_scale_H": torch.tensor([0, -math.inf, 0, 0])}, "log_scale must be finite"),
+        ({"log_scale_H": torch.full((4,), 89.0), "softmax": "online"}, r"in \[-88, 88\], got 89.0 to 89.0"),
+        ({"log_scale_H": torch.zeros(4).double()}, r"log_scale must be \[4\] and .*, got shape \(4,\), torch.float64"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):
