@@ -5,6 +5,7 @@
 Shapes in names: B batch, T rows of an item, C channels. Inside everything is float32.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def residual_norm(
             an int64 tensor of one element on the device. scene_B is needed where the rate is not 0.
         dtype: of normed and copy, that of the next products; None: that of x.
         copy: whether the next products also read the stream as it is.
-        eps: added to the mean square.
+        eps: added to the mean square, positive.
         sums: where the Triton form's gradients of gain and bias are added up, together with those of other operators.
         impl: "auto", "eager" or "triton", see `kernels.dispatch`.
 
@@ -75,6 +76,8 @@ def residual_norm(
     """
     dtype = x_BTC.dtype if dtype is None else dtype
     _check(x_BTC, y_BTC, gain_C, bias_C, dtype)
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")
     _check_draws(x_BTC, rate, seed, step, scene_B, place)
     draws = {"rate": rate, "seed": seed, "step": step, "scene_B": scene_B, "place": place}
     settings = {"bias_C": bias_C, "dtype": dtype, "copy": copy, "eps": eps, **draws}

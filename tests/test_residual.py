@@ -317,6 +317,8 @@ def test_torch_compile_gives_the_bits_of_eager(device):
         ({"step": 1.5}, r"step must be an int in \[0, 2\^32\), got 1.5"),
         ({"place": 2**32}, r"place must be an int in \[0, 2\^32\), got 4294967296"),
         ({"scene_B": torch.tensor([-1, 0])}, r"scene must be in \[0, 2\^32\), got -1 to 0"),
+        ({"eps": 0.0}, "eps must be positive and finite, got 0.0"),
+        ({"eps": math.nan}, "eps must be positive and finite, got nan"),
         ({"impl": "fast"}, "impl must be one of"),
     ],
 )
