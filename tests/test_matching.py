@@ -311,6 +311,8 @@ def test_counts_that_may_not_be_read_are_clamped(impl, monkeypatch, device):
         ({"dir": torch.zeros(2, 3, 3).half()}, r"dir must have mid's dtype torch.float32, got torch.float16"),
         ({"len": torch.zeros(2, 3).double()}, r"len must have mid's dtype torch.float32, got torch.float64"),
         ({"gt_count": torch.zeros(2)}, r"gt_count must be int32 or int64, got torch.float32"),
+        ({"eps": torch.tensor(0.1)}, r"eps must be a number, got a tensor of shape \(\)"),
+        ({"dustbin": torch.tensor(0.3, requires_grad=True)}, "dustbin must be a number, got a tensor"),
         ({"gt": torch.zeros(2, 4, 2, 3, device="meta")}, r"gt must be on mid's device cpu, got meta"),
         ({"gt_count": torch.tensor([4, 5])}, r"gt_count must lie in \[0, M\] = \[0, 4\], got \[4, 5\]"),
         ({"gt_count": torch.tensor([-1, 4])}, r"gt_count must lie in \[0, M\] = \[0, 4\], got \[-1, 4\]"),

@@ -2,8 +2,10 @@
 
 import math
 
+import numpy
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.sinkhorn import sinkhorn
 from tests.sinkhorn_problems import KINDS, cast, problem
@@ -29,6 +31,21 @@ def test_nothing_in_the_padding_of_an_upstream_gradient_leaks(impl, path, kind, 
         *(gradients(arguments, upstream, impl=impl, _path=path) for upstream in (dirty, clean)), strict=True
     ):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("number", [numpy.float32(0.25), numpy.float64(0.25), numpy.int64(2), 2])
+def test_the_dustbin_may_be_any_number(number):
+    cost = torch.rand(2, 3, 4)
+    found, expected = (sinkhorn(cost, **SETTINGS, dustbin=dustbin) for dustbin in (number, torch.tensor(float(number))))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_no_value_is_read_where_tensors_are_fake():
+    with FakeTensorMode():
+        arguments = cast(problem("full"), torch.float32)
+        plan, *_ = sinkhorn(**arguments, **SETTINGS)
+        plan.sum().backward()
+    assert arguments["cost_BNM"].grad.shape == plan.shape == (3, 9, 13)
 
 
 def _counting(arguments, count, weights, size):
