@@ -18,8 +18,8 @@ from kernels.dispatch import resolve, values_are_readable
 from kernels.reduce import sum_segments
 
 HEAD_WIDTHS = (16, 32, 64, 128)
-# exp of more is no number of float32
-LARGEST_LOG_SCALE = 88
+# exp of more, over the shortest norm, is no number of float32
+LARGEST_LOG_SCALE = 60
 
 
 def gqa_attention(
@@ -42,7 +42,7 @@ def gqa_attention(
     Args:
         q_BHTD: queries; float32, bfloat16, float16, or float64 where the eager form runs. Any strides.
         k_BGSD, v_BGSD: keys and values, H a multiple of G; D is 16, 32, 64 or 128.
-        log_scale_H: natural logarithm of the temperature of each query head, float32 or the dtype of q, from -88 to 88.
+        log_scale_H: natural logarithm of the temperature of each query head, float32 or the dtype of q, from -60 to 60.
         key_count_B: integers in [0, S]: the first keys of an item that count. On a GPU they are clamped.
         key_mask_BS: bool, True where a key counts. At most one of count and mask; neither: every key counts.
             Keys and values that do not count may hold anything, also NaN.
