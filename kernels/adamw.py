@@ -96,6 +96,7 @@ def adamw_reference(
     """The meaning of `adamw`, in plain PyTorch; in float64 the truth."""
     if not params:
         return lr.new_zeros(())
+    lr = lr.reshape(())
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
     factor = (limit / (norm + 1e-6)).clamp(max=1)
     for p, grad, m, v, step, decay in zip(params, grads, exp_avgs, exp_avg_sqs, steps, decays, strict=True):

@@ -18,6 +18,8 @@ from kernels.dispatch import resolve, values_are_readable
 from kernels.reduce import sum_segments
 
 HEAD_WIDTHS = (16, 32, 64, 128)
+# exp of more, over the shortest norm, is no number of float32
+LARGEST_LOG_SCALE = 60
 
 
 def gqa_attention(
@@ -40,12 +42,13 @@ def gqa_attention(
     Args:
         q_BHTD: queries; float32, bfloat16, float16, or float64 where the eager form runs. Any strides.
         k_BGSD, v_BGSD: keys and values, H a multiple of G; D is 16, 32, 64 or 128.
-        log_scale_H: natural logarithm of the temperature of each query head, float32 or the dtype of q.
+        log_scale_H: natural logarithm of the temperature of each query head, float32 or the dtype of q, from -60 to 60.
         key_count_B: integers in [0, S]: the first keys of an item that count. On a GPU they are clamped.
         key_mask_BS: bool, True where a key counts. At most one of count and mask; neither: every key counts.
             Keys and values that do not count may hold anything, also NaN.
         softmax: "static" bounds every logit by exp(log_scale), which may then be at most 60 (float16: 10);
-            "online" keeps a running maximum and takes any finite log_scale.
+            "online" keeps a running maximum and takes any. The backward makes the weights anew, from logits of size
+            exp(log_scale): they err by 1e-7 exp(log_scale) of themselves, from log_scale = 16 on by all of it.
         precision: of the products of float32 inputs on a GPU: "tf32" or "ieee".
         split: how many programs share the keys of one block of queries on a GPU. No influence on the result's bits.
         impl: "auto", "eager" or "triton", see `kernels.dispatch`.
@@ -115,7 +118,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """o_BHTD, and what the backward needs: logarithms of the softmax sums, inverse norms of queries and of keys."""
     if 0 in (q_BHTD.numel(), k_BGSD.numel()):
-        o_BHTD, lse_BHT, rq_BHT, rk_BGS = _empty_outputs(q_BHTD, k_BGSD)
+        o_BHTD, lse_BHT, rq_BHT, rk_BGS = _empty_outputs(q_BHTD, k_BGSD, impl)
         return o_BHTD.zero_(), lse_BHT.zero_(), rq_BHT.zero_(), rk_BGS.zero_()
     if impl == "triton":
         inputs = _kernel_inputs(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS)
@@ -126,7 +129,7 @@ def _forward(
 
 @_forward.register_fake
 def _(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS, softmax, precision, split, impl):
-    return _empty_outputs(q_BHTD, k_BGSD)
+    return _empty_outputs(q_BHTD, k_BGSD, impl)
 
 
 def _kernel_inputs(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS):
@@ -134,10 +137,15 @@ def _kernel_inputs(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS
     return *rows, log_scale_H.contiguous(), *keys_to_loop_over(key_count_B, key_mask_BS)
 
 
-def _empty_outputs(q_BHTD, k_BGSD):
+def _like(x, impl: str):
+    """What the result that belongs to x is laid out as: the kernels write rows whose elements lie side by side."""
+    return dense_rows(x) if impl == "triton" else x
+
+
+def _empty_outputs(q_BHTD, k_BGSD, impl: str):
     dtype, shape_BHT = compute_dtype(q_BHTD.dtype), q_BHTD.shape[:3]
     lse_BHT, rq_BHT = (q_BHTD.new_empty(shape_BHT, dtype=dtype) for _ in range(2))
-    return torch.empty_like(q_BHTD), lse_BHT, rq_BHT, k_BGSD.new_empty(k_BGSD.shape[:3], dtype=dtype)
+    return torch.empty_like(_like(q_BHTD, impl)), lse_BHT, rq_BHT, k_BGSD.new_empty(k_BGSD.shape[:3], dtype=dtype)
 
 
 @torch.library.custom_op("ridgeline::gqa_attention_backward", mutates_args=())
@@ -158,8 +166,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k, v and log_scale."""
     if 0 in (q_BHTD.numel(), k_BGSD.numel()):
-        zeros = torch.zeros_like
-        return zeros(q_BHTD), zeros(k_BGSD), zeros(v_BGSD), zeros(log_scale_H)
+        dq_BHTD, dk_BGSD, dv_BGSD = (torch.zeros_like(_like(x, impl)) for x in (q_BHTD, k_BGSD, v_BGSD))
+        return dq_BHTD, dk_BGSD, dv_BGSD, torch.zeros_like(log_scale_H)
     if impl == "triton":
         inputs = _kernel_inputs(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS)
         dlog_scale_SH = lse_BHT.new_empty(segments(q_BHTD, precision), q_BHTD.shape[1])
@@ -174,7 +182,8 @@ def _backward(
 
 @_backward.register_fake
 def _(do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, *rest):
-    return tuple(torch.empty_like(x) for x in (q_BHTD, k_BGSD, v_BGSD, log_scale_H))
+    *_, impl = rest
+    return *(torch.empty_like(_like(x, impl)) for x in (q_BHTD, k_BGSD, v_BGSD)), torch.empty_like(log_scale_H)
 
 
 def _setup_context(ctx, inputs, output):
@@ -223,9 +232,10 @@ def _check(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS) -> Non
         raise ValueError(f"v must have the shape of k, {tuple(k_BGSD.shape)}, got {tuple(v_BGSD.shape)}")
     if G == 0 or H % G:
         raise ValueError(f"q must have a multiple of the {G} heads of k, got {H} heads")
-    if log_scale_H.shape != (H,) or not log_scale_H.is_floating_point():
+    if log_scale_H.shape != (H,) or log_scale_H.dtype not in (torch.float32, q_BHTD.dtype):
         raise ValueError(
-            f"log_scale must be [{H}] and floating point, got shape {tuple(log_scale_H.shape)}, {log_scale_H.dtype}"
+            f"log_scale must be [{H}] and floating point, float32 or of q's dtype, "
+            f"got shape {tuple(log_scale_H.shape)}, {log_scale_H.dtype}"
         )
     if log_scale_H.device != q_BHTD.device:
         raise ValueError(f"log_scale must be on the device of q, {q_BHTD.device}, got {log_scale_H.device}")
@@ -265,9 +275,12 @@ def _check_options(q_BHTD, log_scale_H, softmax: str, precision: str, split: int
     if split < 1:
         raise ValueError(f"split must be at least 1, got {split}")
     if log_scale_H.numel() and values_are_readable(log_scale_H):
-        largest = float(log_scale_H.detach().max())
-        if not math.isfinite(largest):
-            raise ValueError(f"log_scale must be finite, got {largest}")
+        smallest, largest = (float(value) for value in log_scale_H.detach().aminmax())
+        if not -LARGEST_LOG_SCALE <= smallest <= largest <= LARGEST_LOG_SCALE:
+            raise ValueError(
+                f"log_scale must be finite and in [-{LARGEST_LOG_SCALE}, {LARGEST_LOG_SCALE}], "
+                f"got {smallest} to {largest}"
+            )
         limit = 10 if q_BHTD.dtype == torch.float16 else 60
         if softmax == "static" and largest > math.log(limit) + 1e-6:
             raise ValueError(

@@ -14,6 +14,8 @@ from kernels.attention_tile import dense_rows
 from kernels.dispatch import resolve
 from kernels.reduce import JointSums, Summand, sum_segments
 
+PRODUCT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class KeyValueColumns:
     """Keys and values of one attention after the other: columns [k | v] of the first, [k | v] of the second, ...
@@ -48,6 +50,11 @@ class KeyValueColumns:
         Raises:
             ValueError: no such columns are left, no kernel runs here, or what `gqa_attention` refuses.
         """
+        if self.kv_BSX.dim() != 3 or self.kv_BSX.dtype not in PRODUCT_TYPES:
+            got = f"shape {tuple(self.kv_BSX.shape)}, {self.kv_BSX.dtype}"
+            raise ValueError(f"kv must be [B, S, X] of float32, bfloat16 or float16, got {got}")
+        if kv_heads < 1:
+            raise ValueError(f"kv_heads must be at least 1, got {kv_heads}")
         start, X = self.end, self.kv_BSX.shape[-1]
         end = start + 2 * kv_heads * q_BHTD.shape[-1]
         if end > X:

@@ -40,7 +40,7 @@ def attention_eager_backward(do_BHTD, q_BHTD, k_BGSD, v_BGSD, log_scale_H, valid
     rq, rk = rq_BHT.view(B, G, -1, 1), rk_BGS.transpose(1, 2).unsqueeze(-1)
     unit_q_BGND, unit_k_BSGD, tau = q_BGND * rq, k_BSGD * rk, _temperature(log_scale_H, q_BGND)
     dq_BGND, dk_BGSD, dv_BGSD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _stacked(do_BHTD, G),
+        _stacked(_where_some_key_counts(do_BHTD, valid_BS), G),
         unit_q_BGND * tau,
         unit_k_BSGD.transpose(1, 2),
         _rows(v_BGSD, valid_BS).transpose(1, 2),
@@ -100,6 +100,13 @@ def _rows(x_BGSD, valid_BS):
     bits = torch.int64 if x_BSGD.dtype == torch.float64 else torch.int32
     keep_BS = -valid_BS.to(bits)
     return x_BSGD.view(bits).bitwise_and(keep_BS[:, :, None, None]).view(x_BSGD.dtype)
+
+
+def _where_some_key_counts(do_BHTD, valid_BS):
+    """The upstream gradient, 0 for items without a key: 0 times what is there would be NaN where that is."""
+    if valid_BS is None or bool((some_B := valid_BS.any(1)).all()):
+        return do_BHTD
+    return torch.where(some_B[:, None, None, None], do_BHTD, 0)
 
 
 def _bias(valid_BS, dtype: torch.dtype):

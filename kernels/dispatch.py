@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensor
 
 IMPLEMENTATIONS = ("auto", "eager", "triton")
 
@@ -38,7 +39,7 @@ def kernels_accept_cpu() -> bool:
 
 def values_are_readable(tensor: torch.Tensor) -> bool:
     """Whether an operator may look at the values of `tensor` to refuse bad ones: on a GPU that would wait for it."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return False

@@ -189,7 +189,8 @@ def match_segments_forward(
     """Return a Match, and the gradients [B, loss, 7, N] of (mid, dir, len): of size 0 without need_grad."""
     settings = Settings(direction_weight, length_weight, cost_scale, eps, iterations, dustbin, slack, plan_gradient)
     form = match_segments_forward_triton if impl == "triton" else match_segments_forward_eager
-    return form(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, settings, need_grad)
+    with torch.autocast(mid_BN3.device.type, enabled=False):
+        return form(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, settings, need_grad)
 
 
 @match_segments_forward.register_fake
@@ -270,6 +271,10 @@ def _check_tensors(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, impl) -> None:
 
 
 def _check_settings(settings: Settings) -> None:
+    for name, value in settings._asdict().items():
+        # it would lose its gradient on the way into the operator
+        if isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}")
     for name in ("direction_weight", "length_weight"):
         if not 0 <= (value := getattr(settings, name)) < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, got {value}")

@@ -4,6 +4,8 @@ Coordinates come first, [3, B, N, M], so that every operation runs over whole pl
 item are cut off where the counts may be read. Sums are taken by PyTorch over one axis at a time.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -132,5 +134,5 @@ def _length(x_3BNM: Tensor) -> Tensor:
 
 
 def _unit(x_3BNM: Tensor, length_BNM: Tensor) -> Tensor:
-    """Return x / |x|, and 0 without length."""
-    return x_3BNM / length_BNM.clamp(min=1e-30)
+    """Return x / |x|, and 0 where the square of the length is no normal number of float32."""
+    return x_3BNM / length_BNM.masked_fill(length_BNM <= 1e-18, math.inf)

@@ -14,7 +14,7 @@ from enum import IntEnum
 
 import torch
 
-from kernels.dispatch import resolve
+from kernels.dispatch import resolve, values_are_readable
 from kernels.philox_triton import philox_words
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -50,16 +50,12 @@ def philox_4x32(
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2^32), on the counters' device.
     Raises:
-        ValueError: the seed is out of range or a tensor is not int64.
+        ValueError: the seed or a counter is out of range, where values may be read, or a counter is of another type.
     Determinism: exact integer arithmetic; the same words on every device.
     """
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
     counters = (c0, c1, c2, c3)
+    check_key(seed, **{f"c{i}": counter for i, counter in enumerate(counters)})
     tensors = [c for c in counters if isinstance(c, torch.Tensor)]
-    for tensor in tensors:
-        if tensor.dtype != torch.int64:
-            raise ValueError(f"counters must be int64, got {tensor.dtype}")
     device = tensors[0].device if tensors else torch.device("cpu")
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     if resolve(impl, device) == "triton":
@@ -68,6 +64,22 @@ def philox_4x32(
     _fill(words.unbind(0), [_as_tensor(c, device) for c in counters], seed)
     w0, w1, w2, w3 = words.bitwise_and_(_WORD).unbind(0)
     return w0, w1, w2, w3
+
+
+def check_key(seed: int, **counters: Counter) -> None:
+    """Refuse a seed that has more than 64 bits, and counters that are no words of 32 bits."""
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+    for name, counter in counters.items():
+        if isinstance(counter, torch.Tensor):
+            if counter.dtype != torch.int64:
+                raise ValueError(f"{name} must be int64, got {counter.dtype}")
+            if counter.numel() and values_are_readable(counter):
+                low, high = (int(value) for value in counter.aminmax())
+                if low < 0 or high > _WORD:
+                    raise ValueError(f"{name} must be in [0, 2^32), got {low} to {high}")
+        elif not isinstance(counter, int) or not 0 <= counter <= _WORD:
+            raise ValueError(f"{name} must be an int in [0, 2^32), got {counter!r}")
 
 
 def _as_tensor(counter: Counter, device: torch.device) -> torch.Tensor:
@@ -145,15 +157,21 @@ def dropout_keep(
     Args:
         shape: [B, ...].
         rate: probability of dropping, in [0, 1).
-        seed, step, scene_B, place: key and counters; scene_B is int64 [B], step an int or an int64 scalar tensor.
+        seed, step, scene_B, place: key and counters; scene_B is int64 [B], step an int or an int64 tensor of one
+            element. Counters are in [0, 2^32).
     Raises:
-        ValueError: rate out of range, or scene_B does not have one entry per batch item.
+        ValueError: rate, seed or a counter out of range or of another type, or not one entry of scene_B per item.
     Determinism: an element's fate depends on its scene, its place in it and the step; not on the batch.
     """
     if not 0 <= rate < 1:
         raise ValueError(f"rate must be in [0, 1), got {rate}")
     if scene_B.shape != shape[:1]:
         raise ValueError(f"scene_B must be [B] with B = {shape[0]}, got shape {tuple(scene_B.shape)}")
+    check_key(seed, step=step, scene_B=scene_B, place=place)
+    if isinstance(step, torch.Tensor):
+        if step.numel() != 1:
+            raise ValueError(f"step must be one element, got shape {tuple(step.shape)}")
+        step = step.reshape(())
     threshold, count, device = round(65536 * rate), math.prod(shape[1:]), scene_B.device
     if threshold == 0:
         return torch.ones(shape, dtype=torch.bool, device=device)
@@ -162,7 +180,7 @@ def dropout_keep(
     words = torch.empty(shape[0], len(element), 4, dtype=torch.int32, device=device)
     _fill(words.unbind(2), counters, seed)
     # as signed numbers, 16-bit lanes have the order of the unsigned ones once their highest bit is turned
-    lanes = words.view(torch.int16).bitwise_xor_(-0x8000).view(shape[0], -1)[:, :count]
+    lanes = words.view(torch.int16).bitwise_xor_(-0x8000).flatten(1)[:, :count]
     return (lanes > threshold - 1 - 0x8000).view(shape)
 
 
@@ -176,19 +194,19 @@ def dropout(
     if rate == 0:
         return x
     keep = dropout_keep(tuple(x.shape), rate, seed=seed, step=step, scene_B=scene_B, place=place)
-    return _Dropout.apply(x, keep, 1 / (1 - rate))
+    # all bits or none: a product would keep NaN, and `where` is several times slower on a CPU
+    return _Dropout.apply(x, -keep.to(torch.int32), 1 / (1 - rate))
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, keep, scale):
-        # all bits or none: a product would keep NaN, and `where` is several times slower on a CPU
-        ctx.bits, ctx.scale = -keep.to(torch.int32), scale
-        return _scaled(x, ctx.bits, scale)
+    def forward(ctx, x, bits, scale):
+        ctx.bits, ctx.scale = bits, scale
+        return _scaled(x, bits, scale)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        return _scaled(grad_outputs[0], ctx.bits, ctx.scale), None, None
+        return _Dropout.apply(grad_outputs[0], ctx.bits, ctx.scale), None, None
 
 
 def _scaled(x: torch.Tensor, bits: torch.Tensor, scale: float) -> torch.Tensor:

@@ -54,8 +54,8 @@ def point_embedding(
         class_id_BT, source_BT, behind_BT: integers, rows of the three tables; outside of a table a row is 0.
         votes_BT2: two more features; None leaves them out.
         frequencies_F3: cycles per unit of a coordinate.
-        label_table, source_table, behind_table: [classes, width] each; together with the other features the classes
-            must fit into 128 columns: 3 + 2 F + classes + votes + 1.
+        label_table, source_table, behind_table: [classes, width] each; the kernels hold 128 columns, in which
+            3 + 2 F + classes + votes + 1 must fit.
         weight1, bias1, weight2, bias2, gain: [J, K], [J], [C, J], [C], [C]; the kernels take C to 256.
         point_count_B: integers in [0, T]: the first points of an item that count. On a GPU they are clamped. Points
             that do not count may hold anything, also NaN; None: every point counts.
@@ -263,11 +263,13 @@ def _check_points(xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2, point_c
     if xyz_BT3.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"xyz must be float32 or float64, got {xyz_BT3.dtype}")
     for name, index_BT in (("class_id", class_id_BT), ("source", source_BT), ("behind", behind_BT)):
-        integer = not index_BT.is_floating_point() and index_BT.dtype != torch.bool
+        integer = not (index_BT.is_floating_point() or index_BT.is_complex()) and index_BT.dtype != torch.bool
         if index_BT.shape != (B, T) or not integer:
             raise ValueError(
                 f"{name} must be [{B}, {T}] of integers, got shape {tuple(index_BT.shape)}, {index_BT.dtype}"
             )
+        if index_BT.device != xyz_BT3.device:
+            raise ValueError(f"{name} must be on the device of xyz, {xyz_BT3.device}, got {index_BT.device}")
     if votes_BT2 is not None and (votes_BT2.shape != (B, T, 2) or not votes_BT2.is_floating_point()):
         raise ValueError(
             f"votes must be [{B}, {T}, 2] and floating point, got shape {tuple(votes_BT2.shape)}, {votes_BT2.dtype}"
@@ -278,6 +280,8 @@ def _check_points(xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2, point_c
                 f"point_count must be [{B}] of int32 or int64, got shape {tuple(point_count_B.shape)}, "
                 f"{point_count_B.dtype}"
             )
+        if point_count_B.device != xyz_BT3.device:
+            raise ValueError(f"point_count must be on the device of xyz, {xyz_BT3.device}, got {point_count_B.device}")
         if B and values_are_readable(point_count_B):
             low, high = (int(value) for value in point_count_B.aminmax())
             if low < 0 or high > T:
@@ -294,6 +298,9 @@ def _check_weights(
     for name, table in tables.items():
         if table.dim() != 2 or not len(table):
             raise ValueError(f"{name} must be [classes, width] with a class at least, got shape {tuple(table.shape)}")
+    for name, vector in (("bias1", bias1), ("gain", gain)):
+        if vector.dim() != 1:
+            raise ValueError(f"{name} must be a vector, got shape {tuple(vector.shape)}")
     votes = 0 if votes_BT2 is None else 2
     K = 3 + 2 * len(frequencies_F3) + sum(table.shape[1] for table in tables.values()) + votes
     J, C = len(bias1), len(gain)

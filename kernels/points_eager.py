@@ -71,5 +71,8 @@ def _rows_of(table_KC: torch.Tensor, index_BT: torch.Tensor) -> torch.Tensor:
 
 
 def _one_hot(index_BT: torch.Tensor, table_KC: torch.Tensor) -> torch.Tensor:
-    classes = torch.arange(len(table_KC), device=index_BT.device, dtype=index_BT.dtype)
+    K, dtype = len(table_KC), index_BT.dtype
+    # in the narrow type where it counts as far as the classes
+    dtype = dtype if torch.iinfo(dtype).max >= K - 1 else torch.int64
+    classes = torch.arange(K, device=index_BT.device, dtype=dtype)
     return (index_BT[..., None] == classes).to(table_KC.dtype)

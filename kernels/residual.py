@@ -5,13 +5,14 @@
 Shapes in names: B batch, T rows of an item, C channels. Inside everything is float32.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import resolve
-from kernels.philox import Counter, dropout_keep
+from kernels.philox import Counter, check_key, dropout_keep
 from kernels.philox_tile import signed_seed
 from kernels.reduce import JointSums, Summand, sum_each
 from kernels.residual_triton import WIDEST, residual_norm_backward, residual_norm_forward, segments
@@ -59,7 +60,7 @@ def residual_norm(
             an int64 tensor of one element on the device. scene_B is needed where the rate is not 0.
         dtype: of normed and copy, that of the next products; None: that of x.
         copy: whether the next products also read the stream as it is.
-        eps: added to the mean square.
+        eps: added to the mean square, positive.
         sums: where the Triton form's gradients of gain and bias are added up, together with those of other operators.
         impl: "auto", "eager" or "triton", see `kernels.dispatch`.
 
@@ -75,7 +76,9 @@ def residual_norm(
     """
     dtype = x_BTC.dtype if dtype is None else dtype
     _check(x_BTC, y_BTC, gain_C, bias_C, dtype)
-    _check_draws(x_BTC, rate, seed, step, scene_B)
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+    _check_draws(x_BTC, rate, seed, step, scene_B, place)
     draws = {"rate": rate, "seed": seed, "step": step, "scene_B": scene_B, "place": place}
     settings = {"bias_C": bias_C, "dtype": dtype, "copy": copy, "eps": eps, **draws}
     if resolve(impl, x_BTC.device) == "triton":
@@ -306,12 +309,11 @@ def _check(x_BTC, y_BTC, gain_C, bias_C, dtype) -> None:
             raise ValueError(f"{name} must be on the device of x, {x_BTC.device}, got {tensor.device}")
 
 
-def _check_draws(x_BTC, rate, seed, step, scene_B) -> None:
+def _check_draws(x_BTC, rate, seed, step, scene_B, place) -> None:
     """Refuse a key or counters that do not fit."""
     if not 0 <= rate < 1:
         raise ValueError(f"rate must be in [0, 1), got {rate}")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+    check_key(seed)
     device = x_BTC.device
     if rate == 0:
         return
@@ -324,3 +326,4 @@ def _check_draws(x_BTC, rate, seed, step, scene_B) -> None:
         if misshaped or counter.dtype != torch.int64 or counter.device != device:
             got = f"shape {tuple(counter.shape)}, {counter.dtype} on {counter.device}"
             raise ValueError(f"{name} must be {count} of int64 on {device}, got {got}")
+    check_key(seed, step=step, scene=scene_B, place=place)

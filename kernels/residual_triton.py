@@ -34,7 +34,7 @@ def residual_norm_forward(x_BTC, y_BTC, gain_C, bias_C, dropout, dtype, copy, ep
     r_BT = x_BTC.new_empty(0 if gain_C is None else (B, T))
     options = _tile(C)
     _residual_norm_fwd_kernel[(triton.cdiv(B * T, options["ROWS"]),)](
-        x_BTC, _dense(y_BTC), _dense(bias_C), _dense(gain_C), step_1, scene_B,
+        x_BTC, _dense(y_BTC), _dense(bias_C), _dense(gain_C), step_1, _dense(scene_B),
         *(tensor if tensor.numel() else None for tensor in (new_BTC, normed_BTC, copy_BTC, r_BT)),
         x_BTC.stride(), B * T, T, *kernel_draws(rate, seed, place), eps, C=C, **options,
     )  # fmt: skip
@@ -54,7 +54,7 @@ def residual_norm_backward(
     dy_BTC = new_BTC.new_empty(0) if y_dtype is None else new_BTC.new_empty(B, T, C, dtype=y_dtype)
     norm = (None, None, None) if dnormed_BTC is None else (new_BTC, r_BT, _dense(gain_C))
     _residual_norm_bwd_kernel[(segments(B * T),)](
-        _dense(dnew_BTC), _dense(dcopy_BTC), _dense(dnormed_BTC), *norm, step_1, scene_B,
+        _dense(dnew_BTC), _dense(dcopy_BTC), _dense(dnormed_BTC), *norm, step_1, _dense(scene_B),
         dx_BTC, dy_BTC if y_dtype is not None else None, dgain_SC, dbias_SC,
         new_BTC.stride(), B * T, T, *kernel_draws(rate, seed, place), C=C, SEGMENT=SEGMENT, **_tile(C),
     )  # fmt: skip

@@ -57,7 +57,8 @@ def _backward(dy: Tensor, x: Tensor, r: Tensor, gain_C: Tensor) -> tuple[Tensor,
         part_RC, part_C, _ = torch.ops.aten.native_layer_norm_backward(
             dy_RC, x_RC, gain_C.shape, torch.zeros_like(r_R1), r_R1, gain_C, None, (True, True, False)
         )
-        taken_R1 = (dy_RC @ gain_C).unsqueeze(-1).mul_(r_R1).div_(x.shape[-1])
+        with torch.autocast("cpu", enabled=False):
+            taken_R1 = (dy_RC @ gain_C).unsqueeze(-1).mul_(r_R1).div_(x.shape[-1])
         torch.add(part_RC, taken_R1, out=dx_RC)
         dgain_C += part_C
     return dx, dgain_C

@@ -12,6 +12,7 @@ A fully matched row has mass 1. Columns are exact after the last half-step, rows
 """
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ def sinkhorn(
         cost_BNM: costs; float32, bfloat16, float16, or float64 where the eager form runs; N, M from 0 to 2048.
         rows_B, cols_B: integers in [0, N] and [0, M]: how many rows and columns of an item count; None: all. The rest
             is padding and may hold anything, also NaN. On a GPU they are clamped.
-        eps: the regularisation, > 0, in the unit of the cost.
+        eps: the regularisation, a number > 0, in the unit of the cost.
         iterations: >= 1, always all of them.
         dustbin: cost of leaving a row or column unmatched, a number or a scalar tensor; None: no dustbin, the plan sums
             to 1 and the slacks are 0.
@@ -65,7 +66,8 @@ def sinkhorn(
             dustbin their totals must agree.
         impl: "auto", "eager" or "triton", see `kernels.dispatch`. `_path` forces "log" or "scaling" in tests.
     Returns:
-        Transport, in the dtype of cost; zeros, with gradients 0, where a side is empty.
+        Transport, in the dtype of cost. Where a side is empty the plan and the gradient of cost are 0, and slacks are
+            as solved: with a dustbin all mass of the other side lies in it. Where both are empty all is 0.
     Raises:
         ValueError: a shape, dtype, device, count, total or option outside of the above.
     Determinism: repeats bit for bit. Triton: an item's bits do not depend on the batch or on padding, as long as N and
@@ -78,8 +80,8 @@ def sinkhorn(
     impl = resolve(impl, cost_BNM.device)
     if impl == "triton" and cost_BNM.dtype == torch.float64:
         raise ValueError("cost must not be float64 with impl='triton'")
-    if isinstance(dustbin, float | int):
-        dustbin = cost_BNM.new_full((), dustbin, dtype=_inner(cost_BNM.dtype))
+    if isinstance(dustbin, Real):
+        dustbin = cost_BNM.new_full((), float(dustbin), dtype=_inner(cost_BNM.dtype))
     marginals = (rows_B, cols_B, dustbin, log_a_BN, log_b_BM)
     return Transport(*sinkhorn_forward(cost_BNM, *marginals, eps, iterations, slack, _path, impl)[:3])
 
@@ -197,7 +199,8 @@ def sinkhorn_forward(
     if impl == "triton":
         return sinkhorn_large.sinkhorn_large_forward(cost, rows, cols, dustbin, log_a, log_b, eps, iterations, slack)
     Z, log_mass_a, log_mass_b, total, shift = _problem(cost, rows, cols, dustbin, log_a, log_b, eps, slack)
-    P, potentials, scales = sinkhorn_eager.solve(Z, log_mass_a, log_mass_b, iterations, shift, path)
+    with torch.autocast(cost.device.type, enabled=False):
+        P, potentials, scales = sinkhorn_eager.solve(Z, log_mass_a, log_mass_b, iterations, shift, path)
     plan, row_slack, col_slack = (
         (part * factor).to(cost.dtype)
         for part, factor in ((P[:, :N, :M], total), (P[:, :N, M], total[:, 0]), (P[:, N, :M], total[:, 0]))
@@ -235,7 +238,10 @@ def sinkhorn_backward(
         (G[:, :N, :M], G[:, :N, M], G[:, N, :M]), upstream, (total, total[:, 0], total[:, 0]), strict=True
     ):
         torch.mul(grad, factor, out=part)
-    grad_Z, grad_a, grad_b = sinkhorn_eager.reverse(G, Z, log_mass_a, log_mass_b, shift, potentials, scales)
+    # 0 times what is in the padding of an upstream is NaN where that is
+    sinkhorn_eager.only_massive(G, log_mass_a, log_mass_b)
+    with torch.autocast(cost.device.type, enabled=False):
+        grad_Z, grad_a, grad_b = sinkhorn_eager.reverse(G, Z, log_mass_a, log_mass_b, shift, potentials, scales)
     grad_cost = (grad_Z[:, :N, :M] / -eps).to(cost.dtype)
     grad_dustbin = (grad_Z[:, :, M].sum(1) + grad_Z[:, N, :M].sum(1)) / -eps
     # with weights a bin's mass is the total of the other side
@@ -325,8 +331,8 @@ def _check(cost, rows, cols, eps, iterations, dustbin, slack, log_a, log_b, path
     B, N, M = cost.shape
     if max(N, M) > MAX_SIZE:
         raise ValueError(f"cost must have at most {MAX_SIZE} rows and columns, got {N} and {M}")
-    if not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"eps must be positive and finite, got {eps}")
+    if isinstance(eps, Tensor) or not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"eps must be positive and finite, got {eps!r}")
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}")
     if slack not in SLACKS:

@@ -130,7 +130,7 @@ def _absorb(Z, log_a, log_b, shift):
     """Return K = exp(Z - rho - sigma), and the v [B, 1, M+1] that stands for zero potentials."""
     col = (log_b != -math.inf)[:, None]
     if shift is not None:
-        return _only_massive(torch.sub(Z, shift).exp_(), log_a, log_b), col.to(Z)
+        return only_massive(torch.sub(Z, shift).exp_(), log_a, log_b), col.to(Z)
     Z = _masked(Z, log_a, log_b)
     Z -= _finite(Z.amax(2, keepdim=True))
     sigma = _finite(Z.amax(1, keepdim=True))
@@ -139,13 +139,13 @@ def _absorb(Z, log_a, log_b, shift):
 
 def _masked(Z, log_a, log_b):
     """Return Z with -inf where a row or a column has no mass."""
-    Z = _only_massive(Z.clone(), log_a, log_b)
+    Z = only_massive(Z.clone(), log_a, log_b)
     for log_mass in (log_a[:, :, None], log_b[:, None]):
         Z += torch.where(log_mass == -math.inf, log_mass, 0)
     return Z
 
 
-def _only_massive(x, log_a, log_b):
+def only_massive(x, log_a, log_b):
     """Set to 0, in place, where a row or a column has no mass, whatever is there."""
     bits = torch.int64 if x.dtype == torch.float64 else torch.int32
     for log_mass in (log_a[:, :, None], log_b[:, None]):

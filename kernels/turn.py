@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.dispatch import resolve
-from kernels.philox import Counter, Place, philox_4x32, unit_interval
+from kernels.philox import Counter, Place, check_key, philox_4x32, unit_interval
 from kernels.philox_tile import joined_seed, kernel_draws, signed_seed
 
 ROTATIONS = ("uniform", "half_turn", "none")
@@ -42,7 +42,7 @@ def turn(
         rotate: "uniform" by any angle, "half_turn" by 0 or pi, "none".
         flip: mirror with probability 1/2, or never.
         seed: in [0, 2^64).
-        step: an int, or an int64 tensor of one element.
+        step: an int or an int64 tensor of one element, in [0, 2^32).
         impl: "auto", "eager" or "triton", see `kernels.dispatch`.
     Returns:
         Tensors of the shapes and dtypes of xyz and gt.
@@ -134,10 +134,9 @@ def _check(xyz_BT3, gt_BM23, scene_B, rotate, seed, step) -> None:
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
     if rotate not in ROTATIONS:
         raise ValueError(f"rotate must be one of {', '.join(ROTATIONS)}, got {rotate!r}")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
     if isinstance(step, torch.Tensor) and (step.numel() != 1 or step.dtype != torch.int64):
         raise ValueError(f"step must be one element of int64, got shape {tuple(step.shape)}, {step.dtype}")
+    check_key(seed, step=step, scene=scene_B)
     counters = [("gt", gt_BM23), ("scene", scene_B), *([("step", step)] if isinstance(step, torch.Tensor) else [])]
     for name, tensor in counters:
         if tensor.device != xyz_BT3.device:

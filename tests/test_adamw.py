@@ -107,6 +107,18 @@ def test_a_gradient_that_is_not_finite_acts_as_in_pytorch(bad, device):
         assert torch.equal(x.isnan(), parameter.grad.isnan())
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_the_one_element_of_lr_may_have_any_shape(impl, device):
+    kept = []
+    for shape in ((), (1,), (1, 1)):
+        p, m, v, step, grad = (torch.full((), value, device=device) for value in (1.0, 0.0, 0.0, 0.0, 0.5))
+        lr = torch.full(shape, 0.1, device=device)
+        adamw([p], [grad], [m], [v], [step], lr=lr, decays=[0.1], limit=1.0, impl=impl)
+        kept.append(torch.stack([p, m, v, step]))
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2])
+
+
 def test_no_parameters_have_the_norm_0(device):
     assert adamw([], [], [], [], [], lr=torch.tensor(0.1, device=device), decays=[], limit=1.0, impl="triton") == 0
 

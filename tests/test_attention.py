@@ -109,6 +109,17 @@ def test_the_largest_temperature_neither_overflows_nor_loses_small_weights(dtype
 
 
 @pytest.mark.parametrize("impl", FORMS)
+def test_the_extremes_of_log_scale_take_the_nearest_key_or_the_mean_of_all(impl, device):
+    q, k, v, *_ = problem(1, 2, 1, 6, 9, 16)
+    q[:, :, 1], k[:, :, 1] = q[:, :, 1] * 2e-12, k[:, :, 1] * 2e-12
+    tensors = to_device([q, k, v, torch.tensor([60.0, -60.0])], device)
+    o = gqa_attention(*tensors, impl=impl, softmax="online", precision="ieee").cpu()
+    nearest = (normalize(q[0, 0], dim=-1) @ normalize(k[0, 0], dim=-1).T).argmax(1)
+    torch.testing.assert_close(o[0, 0], v[0, 0, nearest])
+    torch.testing.assert_close(o[0, 1], v[0, 0].mean(0).expand(6, 16))
+
+
+@pytest.mark.parametrize("impl", FORMS)
 def test_queries_and_keys_shorter_than_eps_are_divided_by_eps(impl, device):
     tensors = problem(1, 2, 1, 8, 40, 16)
     for x in tensors[:2]:
@@ -150,6 +161,16 @@ def test_an_item_without_a_valid_key_is_zero_and_so_are_its_gradients(keys, impl
     for name, x in zip(NAMES, results[:4], strict=False):
         assert not x[empty].any(), name
         assert x[1 - empty].any(), name
+
+
+@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("keys", [counts(0, 5), random_mask(2, 9)], ids=["count", "mask"])
+def test_garbage_in_the_upstream_gradient_of_an_item_without_a_valid_key_has_no_effect(keys, impl, device):
+    *tensors, do = to_device(problem(2, 2, 1, 6, 9, 16), device)
+    keys = {name: value.to(device) for name, value in keys.items()}
+    dirty = do.clone()
+    dirty[0 if "key_count_B" in keys else 1] = math.nan
+    assert same_bits(*(run(gqa_attention, [*tensors, x], impl=impl, **keys) for x in (dirty, do)))
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -258,6 +279,20 @@ def test_registration_passes_opcheck(limit, impl, device):
 
 
 @pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("name", ["q", "k", "v", "do"])
+def test_registration_knows_the_strides_where_rows_are_not_dense(name, impl, device):
+    named = dict(zip(("q", "k", "v", "log_scale", "do"), to_device(problem(2, 4, 2, 5, 9, 16), device), strict=True))
+    named[name] = named[name].mT.contiguous().mT
+    *inputs, do = named.values()
+    check = {"test_utils": ("test_schema", "test_faketensor")}
+    operators, settings = torch.ops.ridgeline, (None, None, "static", "ieee", 1, impl)
+    torch.library.opcheck(operators.gqa_attention_forward.default, (*inputs, *settings), **check)
+    outputs = operators.gqa_attention_forward(*inputs, *settings)
+    backward = (do, *inputs, None, None, *outputs, "ieee", impl)
+    torch.library.opcheck(operators.gqa_attention_backward.default, backward, **check)
+
+
+@pytest.mark.parametrize("impl", FORMS)
 def test_torch_compile_gives_the_bits_of_eager(impl, device):
     tensors = to_device(problem(2, 2, 1, 5, 9, 16), device)
     key_count_B = torch.tensor([9, 4], device=device)
@@ -317,6 +352,9 @@ def _replace(**changes):
         ({"log_scale_H": torch.full((4,), math.log(61))}, "log_scale must be at most log 60"),
         ({"log_scale_H": torch.full((4,), math.nan)}, "log_scale must be finite"),
         ({"log_scale_H": torch.full((4,), math.inf), "softmax": "online"}, "log_scale must be finite"),
+        ({"log_scale_H": torch.tensor([0, -math.inf, 0, 0])}, "log_scale must be finite"),
+        ({"log_scale_H": torch.full((4,), 61.0), "softmax": "online"}, r"in \[-60, 60\], got 61.0 to 61.0"),
+        ({"log_scale_H": torch.zeros(4).double()}, r"log_scale must be \[4\] and .*, got shape \(4,\), torch.float64"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):

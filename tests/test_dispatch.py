@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.dispatch import family, resolve, values_are_readable
 
@@ -41,9 +42,11 @@ def test_under_the_offline_driver_cpu_tensors_are_treated_as_those_of_a_gpu(monk
     assert not values_are_readable(torch.zeros(1))
 
 
-def test_values_are_read_on_the_cpu_and_never_from_a_meta_tensor():
+def test_values_are_read_on_the_cpu_and_never_from_a_tensor_without_any():
     assert values_are_readable(torch.zeros(1))
     assert not values_are_readable(torch.zeros(1, device="meta"))
+    with FakeTensorMode():
+        assert not values_are_readable(torch.zeros(1))
 
 
 @pytest.mark.parametrize(

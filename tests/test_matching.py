@@ -229,6 +229,19 @@ def test_a_perfect_prediction_has_gradients_of_zero(impl, plan_gradient, device)
         assert not value.any(), name
 
 
+@pytest.mark.parametrize("form", [*FORMS, "reference"])
+@pytest.mark.parametrize("difference", [1e-30, 1e-24, 1e-19, 1e-17])
+def test_a_norm_pulls_with_at_most_its_weight_however_short(form, difference, device):
+    mid, dir_, gt = (torch.zeros(1, *shape, device=device) for shape in ((1, 3), (1, 3), (1, 2, 3)))
+    mid[..., 1], dir_[..., 0], dir_[..., 1], gt[..., 1, 0] = difference, 1.0, difference, 1.0
+    mid[..., 0] = 0.5
+    segments = (mid, dir_, torch.ones(1, 1, device=device), gt, torch.ones(1, dtype=torch.int64, device=device))
+    function, options = (match_segments_reference, {}) if form == "reference" else (match_segments, {"impl": form})
+    found = losses_and_gradients(function, segments, **options)
+    assert found["d transport / d mid"].abs().max() <= 5.0
+    assert found["d transport / d dir"].abs().max() <= 5.0 * 0.3
+
+
 @pytest.mark.parametrize("impl", FORMS)
 def test_segments_without_length_or_direction_follow_the_formula(impl, device):
     mid, dir_, length, gt, count = make_segments([4], 4, 4, device=device)
@@ -298,6 +311,8 @@ def test_counts_that_may_not_be_read_are_clamped(impl, monkeypatch, device):
         ({"dir": torch.zeros(2, 3, 3).half()}, r"dir must have mid's dtype torch.float32, got torch.float16"),
         ({"len": torch.zeros(2, 3).double()}, r"len must have mid's dtype torch.float32, got torch.float64"),
         ({"gt_count": torch.zeros(2)}, r"gt_count must be int32 or int64, got torch.float32"),
+        ({"eps": torch.tensor(0.1)}, r"eps must be a number, got a tensor of shape \(\)"),
+        ({"dustbin": torch.tensor(0.3, requires_grad=True)}, "dustbin must be a number, got a tensor"),
         ({"gt": torch.zeros(2, 4, 2, 3, device="meta")}, r"gt must be on mid's device cpu, got meta"),
         ({"gt_count": torch.tensor([4, 5])}, r"gt_count must lie in \[0, M\] = \[0, 4\], got \[4, 5\]"),
         ({"gt_count": torch.tensor([-1, 4])}, r"gt_count must lie in \[0, M\] = \[0, 4\], got \[-1, 4\]"),

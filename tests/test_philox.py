@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from kernels.philox import Place, dropout, dropout_keep, named_normal, named_uniform, philox_4x32, unit_interval
+from kernels.philox import (
+    Counter,
+    Place,
+    dropout,
+    dropout_keep,
+    named_normal,
+    named_uniform,
+    philox_4x32,
+    unit_interval,
+)
 
 # kat_vectors of Random123, philox4x32 with 10 rounds: counters, key, words
 VECTORS = [
@@ -53,8 +62,27 @@ def test_seed_out_of_range_is_refused(seed):
 
 
 def test_counters_of_another_type_are_refused():
-    with pytest.raises(ValueError, match="counters must be int64"):
+    with pytest.raises(ValueError, match="c0 must be int64"):
         philox_4x32(torch.zeros(3, dtype=torch.int32), 0, 0, 0, seed=0)
+    with pytest.raises(ValueError, match="c2 must be an int"):
+        philox_4x32(0, 0, 1.5, 0, seed=0)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("value", [-1, 1 << 32])
+@pytest.mark.parametrize("index", range(4))
+def test_counters_out_of_range_are_refused(index, value, impl):
+    """The two forms would take other bits of them."""
+    counters: list[Counter] = [torch.tensor([1])] * 4
+    for counter in (value, torch.tensor([5, value])):
+        counters[index] = counter
+        with pytest.raises(ValueError, match=rf"c{index} must be (an int )?in \[0, 2\^32\), got"):
+            philox_4x32(*counters, seed=0, impl=impl)
+
+
+def test_values_on_a_gpu_are_not_read(monkeypatch):
+    monkeypatch.setattr("kernels.philox.values_are_readable", lambda tensor: False)
+    philox_4x32(torch.tensor([-1]), 0, 0, 0, seed=0)
 
 
 def test_unit_interval_is_exact_at_its_ends():
@@ -102,6 +130,54 @@ def test_dropout_without_a_rate_returns_its_input():
 def test_dropout_rate_out_of_range_is_refused(rate):
     with pytest.raises(ValueError, match="rate must be in"):
         dropout_keep((1, 2), rate, seed=0, step=0, scene_B=torch.zeros(1, dtype=torch.int64), place=1024)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": -1}, r"step must be an int in \[0, 2\^32\), got -1"),
+        ({"step": 1 << 32}, r"step must be an int in \[0, 2\^32\)"),
+        ({"step": 1.5}, r"step must be an int in \[0, 2\^32\), got 1.5"),
+        ({"step": torch.tensor(7, dtype=torch.int32)}, "step must be int64, got torch.int32"),
+        ({"step": torch.tensor([7, 8])}, r"step must be one element, got shape \(2,\)"),
+        ({"place": -1}, r"place must be an int in \[0, 2\^32\), got -1"),
+        ({"scene_B": torch.zeros(2, dtype=torch.int32)}, "scene_B must be int64, got torch.int32"),
+        ({"scene_B": torch.tensor([3, 1 << 32])}, r"scene_B must be in \[0, 2\^32\), got 3 to 4294967296"),
+        ({"seed": -1}, r"seed must be in \[0, 2\^64\), got -1"),
+    ],
+)
+def test_a_dropouts_key_out_of_range_or_of_another_type_is_refused(changes, message):
+    arguments = {"seed": 0, "step": 0, "scene_B": torch.zeros(2, dtype=torch.int64), "place": 1024} | changes
+    with pytest.raises(ValueError, match=message):
+        dropout_keep((2, 8), 0.5, **arguments)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 8), (2, 0), (2, 0, 5), (0, 0)], ids=str)
+def test_dropout_of_nothing_is_nothing(shape):
+    draws = {"seed": 1, "step": 0, "scene_B": torch.zeros(shape[0], dtype=torch.int64), "place": 1024}
+    assert dropout_keep(shape, 0.5, **draws).shape == shape
+    assert dropout(torch.zeros(shape), 0.5, **draws).shape == shape
+
+
+def test_the_gradient_of_a_dropout_is_masked_when_it_is_differentiated_too():
+    x, upstream = (torch.ones(2, 48, requires_grad=True) for _ in range(2))
+    draws = {"seed": 1, "step": 0, "scene_B": torch.tensor([1, 2]), "place": 1024}
+    (grad,) = torch.autograd.grad(dropout(x, 0.5, **draws), x, upstream, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), upstream)
+    assert torch.equal(second, torch.where(dropout_keep((2, 48), 0.5, **draws), 2.0, 0.0))
+
+
+# PyTorch's own, while it traces an autograd function
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated")
+def test_dropout_compiles_in_one_graph():
+    x = torch.linspace(-2, 3, 96).view(2, 48).requires_grad_()
+
+    def gradient(function):
+        y = function(x, 0.5, seed=1, step=torch.tensor(3), scene_B=torch.tensor([1, 2]), place=1024)
+        return torch.autograd.grad(y.square().sum(), x)[0]
+
+    compiled = torch.compile(dropout, fullgraph=True, backend="aot_eager")
+    assert torch.equal(gradient(compiled), gradient(dropout))
 
 
 def test_dropout_needs_a_scene_per_item():

@@ -246,6 +246,13 @@ def test_an_index_outside_of_its_table_reads_zeros(impl, device):
     assert torch.equal(found, point_embedding(*points, **weights, precision="ieee", impl=impl))
 
 
+def test_narrow_indices_mean_what_wide_ones_do_beyond_their_range():
+    points, weights, _ = problem()
+    weights["label_table"] = torch.randn(300, 16)
+    wide = point_embedding(*(x.long() if i == 1 else x for i, x in enumerate(points)), **weights, impl="eager")
+    assert torch.equal(point_embedding(*points, **weights, impl="eager"), wide)
+
+
 def test_autocast_changes_nothing(device):
     points, weights, _ = problem()
     for impl in FORMS:
@@ -327,6 +334,11 @@ def _call(impl="eager", **changes):
         ({"class_id_BT": torch.zeros(2, 49).byte()}, r"class_id must be \[2, 50\] of integers"),
         ({"source_BT": torch.zeros(2, 50)}, r"source must be \[2, 50\] of integers"),
         ({"behind_BT": torch.zeros(2, 50).bool()}, r"behind must be \[2, 50\] of integers"),
+        ({"class_id_BT": torch.zeros(2, 50, dtype=torch.complex64)}, r"class_id must be \[2, 50\] of integers"),
+        ({"source_BT": torch.zeros(2, 50, device="meta").byte()}, "source must be on the device of xyz, cpu, got meta"),
+        ({"point_count_B": torch.zeros(2, device="meta").int()}, "point_count must be on the device of xyz, cpu"),
+        ({"bias1": torch.zeros(())}, r"bias1 must be a vector, got shape \(\)"),
+        ({"gain": torch.zeros(())}, r"gain must be a vector, got shape \(\)"),
         ({"votes_BT2": torch.zeros(2, 50, 3)}, r"votes must be \[2, 50, 2\] and floating point"),
         ({"votes_BT2": torch.zeros(2, 50, 2).double()}, "votes must have the dtype and device of xyz"),
         ({"point_count_B": torch.tensor([1.0, 2.0])}, r"point_count must be \[2\] of int32 or int64"),

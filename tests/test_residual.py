@@ -189,6 +189,16 @@ def test_strides_change_no_bits(device):
     )
 
 
+@pytest.mark.parametrize("case", ["every other", "one for all"])
+def test_strides_of_the_scenes_change_no_bits(case, device):
+    tensors = to_device(problem(3, 5, 24), device)
+    scene_B = scenes(3, device).repeat_interleave(2)[::2] if case == "every other" else scenes(1, device).expand(3)
+    strided, dense = (
+        run(residual_norm, tensors, impl="triton", **DRAWS, scene_B=scene) for scene in (scene_B, scene_B.contiguous())
+    )
+    assert same_bits(strided, dense)
+
+
 def test_an_items_bits_do_not_depend_on_the_batch(device):
     tensors = to_device(problem(3, 7, 40, torch.bfloat16), device)
     scene_B = scenes(3, device)
@@ -303,6 +313,12 @@ def test_torch_compile_gives_the_bits_of_eager(device):
         ({"scene_B": torch.zeros(2)}, "scene must be 2 of int64"),
         ({"step": torch.zeros(2, dtype=torch.int64)}, "step must be 1 of int64"),
         ({"step": torch.zeros((), dtype=torch.int32)}, "step must be 1 of int64"),
+        ({"step": -1}, r"step must be an int in \[0, 2\^32\), got -1"),
+        ({"step": 1.5}, r"step must be an int in \[0, 2\^32\), got 1.5"),
+        ({"place": 2**32}, r"place must be an int in \[0, 2\^32\), got 4294967296"),
+        ({"scene_B": torch.tensor([-1, 0])}, r"scene must be in \[0, 2\^32\), got -1 to 0"),
+        ({"eps": 0.0}, "eps must be positive and finite, got 0.0"),
+        ({"eps": math.nan}, "eps must be positive and finite, got nan"),
         ({"impl": "fast"}, "impl must be one of"),
     ],
 )

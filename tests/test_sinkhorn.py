@@ -339,6 +339,7 @@ def _refusals():
     yield "eps must be positive and finite, got 0", {"eps": 0}
     yield "eps must be positive and finite, got -0.1", {"eps": -0.1}
     yield "eps must be positive and finite, got nan", {"eps": math.nan}
+    yield "eps must be positive and finite, got tensor(0.1000)", {"eps": torch.tensor(0.1)}
     yield "iterations must be an integer of at least 1, got 0", {"iterations": 0}
     yield "iterations must be an integer of at least 1, got 2.0", {"iterations": 2.0}
     yield "slack must be one of full, minimal, got 'none'", {"slack": "none"}
