@@ -78,24 +78,28 @@ def run_parts(parts: Mapping[str, Part], out: Path, name: str, machine: Mapping[
     summary = Sheet(out / f"{name}.json", parts={}, cases=[], targets=[])
     alone = sum(part.alone_s for part in parts.values())
     gather_often = at_most_every(_GATHER_EVERY_S, lambda: _gather(summary, files, machine))
-    with Workers(seconds=alone + CUT_S, prepare=prepare, at_once=len(parts), meanwhile=gather_often) as workers:
-        for part_name, part in parts.items():
-            files[part_name].parent.mkdir(parents=True, exist_ok=True)
-            files[part_name].unlink(missing_ok=True)
-            command = ["nice", "-n", str(part.niceness), *part.command, "--out", str(files[part_name])]
-            turn = {"turn_s": part.alone_s} if part.alone_s else {}
-            workers.start(part_name, command, ENVIRONMENT, **turn)
-        for part_name, ended in workers:
-            if not isinstance(ended, Ended):
-                continue
-            red += ended.code != 0
-            how = {0: "green", None: "cut by the clock"}.get(ended.code, f"exit {ended.code}")
-            after = round(time.monotonic() - started, 1)
-            print(f"{part_name}: {how} at {after:.0f} s. {ended.tail.rpartition(chr(10))[2][:200]}", flush=True)
-            if ended.code not in (0, 1):
-                print("\n".join(f"    {line[:160]}" for line in ended.tail.splitlines()[-6:]), flush=True)
-            summary.content["parts"][part_name] = {"ended": how, "seconds": after, "tail": ended.tail[-600:]}
-            _gather(summary, files, machine)
+    try:
+        with Workers(seconds=alone + CUT_S, prepare=prepare, at_once=len(parts), meanwhile=gather_often) as workers:
+            for part_name, part in parts.items():
+                files[part_name].parent.mkdir(parents=True, exist_ok=True)
+                files[part_name].unlink(missing_ok=True)
+                command = ["nice", "-n", str(part.niceness), *part.command, "--out", str(files[part_name])]
+                turn = {"turn_s": part.alone_s} if part.alone_s else {}
+                workers.start(part_name, command, ENVIRONMENT, **turn)
+            for part_name, ended in workers:
+                if not isinstance(ended, Ended):
+                    continue
+                red += ended.code != 0
+                how = {0: "green", None: "cut by the clock"}.get(ended.code, f"exit {ended.code}")
+                after = round(time.monotonic() - started, 1)
+                print(f"{part_name}: {how} at {after:.0f} s. {ended.tail.rpartition(chr(10))[2][:200]}", flush=True)
+                if ended.code not in (0, 1):
+                    print("\n".join(f"    {line[:160]}" for line in ended.tail.splitlines()[-6:]), flush=True)
+                summary.content["parts"][part_name] = {"ended": how, "seconds": after, "tail": ended.tail[-600:]}
+                _gather(summary, files, machine)
+    finally:
+        # also when this process is told to end: its parts have written what they had
+        _gather(summary, files, machine)
     return red
 
 

@@ -91,9 +91,10 @@ class Workers:
         self._running: dict[str, _Worker] = {}
         self._scratch = tempfile.TemporaryDirectory()
         self._started = 0
-        # whose turn it is and when it ends, once turns are given; and how long all turns may take
+        # whose turn it is and when it ends, once turns are given
         self._turn: tuple[str, float] | None = None
-        self._turns_s = math.inf
+        # when the first turn began, how long all may take, and the seconds of those given so far
+        self._first_turn, self._turns_s, self._given_s = now, math.inf, 0.0
 
     def __enter__(self) -> "Workers":
         return self
@@ -117,7 +118,8 @@ class Workers:
         """Queue a command; `environment` is added to this process's.
 
         Args:
-            turn_s: bounds its turn; a worker for which it is finite is told by when to be prepared.
+            turn_s: bounds its turn, with what those before it did not use of theirs; a worker for which it is finite
+                is told by when to be prepared.
             share: of the time for all turns, bounds its turn too.
         """
         self._waiting.append((name, command, environment or {}, turn_s, share))
@@ -198,17 +200,18 @@ class Workers:
             if none_held:
                 return
             ends = wait_for_turn()
-            now = time.monotonic()
-            self._deadline = min(now + self._seconds, ends - TURN_MARGIN_S)
-            self._turns_s = self._deadline - now
+            self._first_turn = time.monotonic()
+            self._deadline = min(self._first_turn + self._seconds, ends - TURN_MARGIN_S)
+            self._turns_s = self._deadline - self._first_turn
         elif self._turn[0] in self._running and not self._running[self._turn[0]].held:
             if time.monotonic() < self._turn[1]:
                 return
             yield from self._cut([self._turn[0]])
         if held := [name for name, worker in self._running.items() if worker.held]:
-            worker = self._running[held[0]]
-            bound = time.monotonic() + min(worker.turn_s, worker.share * self._turns_s)
-            self._turn = held[0], min(bound, self._deadline)
+            worker, now = self._running[held[0]], time.monotonic()
+            self._given_s += worker.turn_s
+            bound = max(now + worker.turn_s, self._first_turn + self._given_s)
+            self._turn = held[0], min(bound, now + worker.share * self._turns_s, self._deadline)
             worker.held = False
             _write_whole(worker.turn, repr(self._turn[1]))
 

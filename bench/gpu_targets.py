@@ -73,7 +73,7 @@ def times_faster(part: str, group: str, peer: str | None, clock: str = "median_s
     return measure
 
 
-def counted(part: str, count: Callable[[Mapping[str, Any]], float]) -> Callable[[Results], float | None]:
+def counted(part: str, count: Callable[[Mapping[str, Any]], float | None]) -> Callable[[Results], float | None]:
     """A number from a part's own file."""
     return lambda results: count(results[part]) if results.get(part) else None
 
@@ -89,7 +89,9 @@ def _failed(tests: Mapping[str, Any]) -> float:
     return sum(n for outcome, n in tests["counts"].items() if outcome not in ("passed", "skipped"))
 
 
-def _differing(repeats: Mapping[str, Any]) -> float:
+def _differing(repeats: Mapping[str, Any]) -> float | None:
+    if not repeats["swept"]:
+        return None
     swept = sum(bool(line["differing"] or line["alone_differs"] or line["not_finite"]) for line in repeats["swept"])
     processes = repeats["processes"]
     return swept + len(processes["differing_digests"]) + len(processes["differing_cubins"])
@@ -157,7 +159,7 @@ def compare(results: Results) -> list[dict[str, Any]]:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Return the table for people."""
-    width = max(len(row["name"]) for row in rows)
+    width = max((len(row["name"]) for row in rows), default=0)
     lines = [f"{'':{width}}  {'target':>12}  {'measured':>10}  {'ratio':>6}"]
     for row in rows:
         bound = f"{'>=' if row['least'] else '<='} {row['target']:g} {row['unit']}".strip()

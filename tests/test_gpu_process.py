@@ -142,6 +142,13 @@ def test_a_worker_that_wants_another_turn_and_hangs_is_cut_in_it():
         assert hear_turns(workers) == ["a times", "b times", "b ends", "a ends"]
 
 
+def test_what_a_turn_leaves_of_its_time_is_there_for_the_next():
+    with Workers(seconds=60, at_once=2) as workers:
+        workers.start("a", script(TURNS + "wait_for_turn(); note(does='times')"), turn_s=30)
+        workers.start("b", script(TURNS + "wait_for_turn(); time.sleep(3); note(does='times')"), turn_s=1)
+        assert hear_turns(workers) == ["a times", "a ends", "b times", "b ends"]
+
+
 TELLS = (
     NOTE
     + """
