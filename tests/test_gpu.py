@@ -14,6 +14,8 @@ import torch
 from bench import gpu, gpu_gathered, gpu_process, gpu_repeats, gpu_speed, gpu_step, gpu_targets, gpu_tests, results
 from bench.gpu_process import Sheet
 
+ROOT = Path(gpu.__file__).parent.parent
+
 
 def script(text: str) -> list[str]:
     return [sys.executable, "-c", text]
@@ -86,6 +88,35 @@ time.sleep(60)
         run_planted({"step": gpu.Part(command=tuple(script(PART + tell)), alone_s=20)}, tmp_path)
     assert seen[-1]["profiles"] == {"s": {"launches": 3}} and seen[-1]["details"] == {"step": {"errors": ["why"]}}
     assert [case["name"] for case in seen[-1]["cases"]] == ["n"] and seen[-1]["parts"] == {}
+
+
+def test_told_to_end_the_suite_gathers_what_its_parts_wrote_while_they_ended(tmp_path):
+    part = f"""{PART}
+from bench.gpu_process import end_on_sigterm
+end_on_sigterm()
+text = out.read_text()
+try:
+    out.with_suffix(".runs").touch()
+    time.sleep(60)
+finally:
+    out.write_text(text.replace('"g"', '"the last group"'))
+"""
+    suite = f"""
+import sys
+from pathlib import Path
+from bench import gpu
+gpu.end_on_sigterm()
+parts = {{"one": gpu.Part(command=(sys.executable, "-c", {part!r}))}}
+gpu.run_parts(parts, Path({str(tmp_path)!r}), "device", {{}}, prepare=60)
+"""
+    with subprocess.Popen(script(suite), cwd=ROOT) as process:
+        end = time.monotonic() + 60
+        while not (tmp_path / "parts" / "one.runs").exists():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(timeout=20) == 143
+    assert [case["group"] for case in json.loads((tmp_path / "device.json").read_text())["cases"]] == ["the last group"]
 
 
 def test_a_fault_in_gathering_ends_no_part(tmp_path, capsys):
@@ -203,7 +234,7 @@ def test_tests_that_are_cut_keep_the_outcomes_of_those_that_ended(tmp_path):
     planted.write_text("import time\ndef test_passes(): pass\ndef test_hangs(): time.sleep(100)\n")
     out = tmp_path / "tests.json"
     command = [sys.executable, "-m", "bench.gpu_tests", str(planted), "--out", str(out), "--processes", "1"]
-    with subprocess.Popen(command, cwd=Path(gpu.__file__).parent.parent, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         end = time.monotonic() + 60
         counts = {}
         while counts != {"passed": 1, "unfinished": 1}:

@@ -198,6 +198,18 @@ def test_a_worker_ends_its_own_workers_before_it_is_ended(timed):
     assert heard == [{"inner": {"found": 1}, "cut": False}, {"inner": None, "cut": True}, Ended(code=0, tail="")]
 
 
+def test_a_worker_gives_up_what_is_not_prepared_before_it_is_given_up_itself():
+    slow = "import time; time.sleep(60)"
+    ready = NOTE + "from bench.gpu_process import wait_for_turn; wait_for_turn(); note(found=1)"
+    more = f'    workers.start("ready", [sys.executable, "-c", {ready!r}])\n    for name'
+    outer = OUTER.format(inner=slow).replace("    for name", more)
+    with Workers(seconds=60, prepare=7, at_once=2) as workers:
+        workers.start("outer", script(outer), turn_s=20.0)
+        heard = [line for _, line in workers]
+    found = [{"inner": None, "cut": True}, {"inner": {"found": 1}, "cut": False}, {"inner": 0, "cut": True}]
+    assert heard == [*found, Ended(code=0, tail="")]
+
+
 def test_an_error_while_workers_run_lets_them_end_by_themselves(tmp_path):
     ending = f"""
 import time
