@@ -1,9 +1,9 @@
 """python -m bench.gpu --out DIR [--only PART ...] [--seconds N]: all that a GPU is needed for, in nine minutes.
 
 Needs torch, triton, numpy and pytest, no network. Every part is a process with a time bound of its own and writes what
-it finds as it finds it, DIR/parts/<part>.json, so that a part that fails or is cut loses nothing of it. All of that is
-gathered every few seconds into one file, DIR/<device>.json: the machine, all timed rows, the table of targets, and what
-was checked.
+it finds as it finds it, DIR/parts/<part>.json (--parts names another folder), so that a part that fails or is cut loses
+nothing of it. All of that is gathered every few seconds into one file, DIR/<device>.json: the machine, all timed rows,
+the table of targets, and what was checked.
 
 First what is checked and not timed, side by side: tests, bitwise repeats, two short trainings; meanwhile the other
 parts compile and check what they will time. Then these get the machine one after the other, each for itself.
@@ -65,23 +65,27 @@ PARTS = {
 }
 
 
-def run_parts(parts: Mapping[str, Part], out: Path, name: str, machine: Mapping[str, Any], *, prepare: float) -> int:
+def run_parts(
+    parts: Mapping[str, Part], into: Path, folder: Path, machine: Mapping[str, Any], *, prepare: float
+) -> int:
     """Run parts: all side by side until those that time something are prepared, then these one after the other.
 
     Args:
+        into: the file that gathers what they find.
+        folder: of the parts' own files.
         prepare: seconds from now until the first turn, at most.
     Returns:
         How many of them were not green.
     """
     started, red = time.monotonic(), 0
-    files = {part_name: out / "parts" / f"{part_name}.json" for part_name in parts}
-    summary = Sheet(out / f"{name}.json", parts={}, cases=[], targets=[])
+    files = {part_name: folder / f"{part_name}.json" for part_name in parts}
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = Sheet(into, parts={}, cases=[], targets=[])
     alone = sum(part.alone_s for part in parts.values())
     gather_often = at_most_every(_GATHER_EVERY_S, lambda: _gather(summary, files, machine))
     try:
         with Workers(seconds=alone + CUT_S, prepare=prepare, at_once=len(parts), meanwhile=gather_often) as workers:
             for part_name, part in parts.items():
-                files[part_name].parent.mkdir(parents=True, exist_ok=True)
                 files[part_name].unlink(missing_ok=True)
                 command = ["nice", "-n", str(part.niceness), *part.command, "--out", str(files[part_name])]
                 turn = {"turn_s": part.alone_s} if part.alone_s else {}
@@ -126,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (runs/gpu)")
+    parser.add_argument("--parts", type=Path, metavar="DIR", help="folder of the parts' own files (OUT/parts)")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument(
         "--seconds", type=float, default=TOTAL_S, help=f"time for everything ({TOTAL_S:g}); turns stay as long"
@@ -141,10 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (prepare := options.seconds - alone - CUT_S) < LEAST_PREPARE_S:
         parser.error(f"--seconds must be at least {alone + CUT_S + LEAST_PREPARE_S:g} for these parts")
     end_on_sigterm()
-    name, machine = default_name(), installed_versions()
-    red = run_parts(parts, options.out, name, machine, prepare=prepare - (time.monotonic() - started))
-    print(format_table(json.loads((options.out / f"{name}.json").read_text())["targets"]))
-    print(f"results in {options.out / name}.json")
+    into, machine = options.out / f"{default_name()}.json", installed_versions()
+    left = prepare - (time.monotonic() - started)
+    red = run_parts(parts, into, options.parts or options.out / "parts", machine, prepare=left)
+    print(format_table(json.loads(into.read_text())["targets"]))
+    print(f"results in {into}")
     return int(red > 0)
 
 

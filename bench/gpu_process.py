@@ -87,7 +87,7 @@ class Workers:
         self._prepared_by = min(now + prepare, _told(PREPARED_BY) - MARGIN_S)
         begin = self._prepared_by if self._prepared_by < math.inf else now
         self._deadline = min(begin + seconds, _told(ENDS_BY) - MARGIN_S)
-        self._waiting: list[tuple[str, Sequence[str], Mapping[str, str], float, float]] = []
+        self._waiting: list[tuple[str, Sequence[str], Mapping[str, str], float, float | None]] = []
         self._running: dict[str, _Worker] = {}
         self._scratch = tempfile.TemporaryDirectory()
         self._started = 0
@@ -113,14 +113,14 @@ class Workers:
         environment: Mapping[str, str] | None = None,
         *,
         turn_s: float = math.inf,
-        share: float = 1.0,
+        share: float | None = None,
     ) -> None:
         """Queue a command; `environment` is added to this process's.
 
         Args:
-            turn_s: bounds its turn, with what those before it did not use of theirs; a worker for which it is finite
-                is told by when to be prepared.
-            share: of the time for all turns, bounds its turn too.
+            turn_s: bounds its turn, with what those before it did not use of theirs.
+            share: of the time for all turns, bounds its turn too. A worker for which either is given is told by when to
+                be prepared, another one by when to have ended.
         """
         self._waiting.append((name, command, environment or {}, turn_s, share))
 
@@ -146,14 +146,14 @@ class Workers:
             busy += 1
 
     def _spawn(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], turn_s: float, share: float
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], turn_s: float, share: float | None
     ) -> None:
         self._started += 1
         base = Path(self._scratch.name) / str(self._started)
         lines, output, turn = (base.with_suffix(suffix) for suffix in (".lines", ".out", ".turn"))
         lines.touch()
         told = {LINES: str(lines), TURN: str(turn), PARENT: str(os.getpid())}
-        if turn_s < math.inf:
+        if turn_s < math.inf or share is not None:
             told |= {PREPARED_BY: repr(self._prepared_by), ENDS_BY: repr(math.inf)}
         else:
             told |= {PREPARED_BY: repr(math.inf), ENDS_BY: repr(min(self._prepared_by, self._deadline))}
@@ -167,7 +167,7 @@ class Workers:
                 start_new_session=True,
             )
         self._running[name] = _Worker(
-            process=process, lines=lines.open(), output=output, turn=turn, turn_s=turn_s, share=share
+            process=process, lines=lines.open(), output=output, turn=turn, turn_s=turn_s, share=share or 1.0
         )
 
     def _hear(self) -> Iterator[tuple[str, Line | Ended]]:
@@ -251,8 +251,8 @@ def _told(name: str) -> float:
     return float(os.environ.get(name, math.inf))
 
 
-def seconds_to_prepare(most: float) -> float:
-    """Seconds that are left to prepare what will be timed."""
+def seconds_to_prepare(most: float = math.inf) -> float:
+    """Seconds that are left to prepare what will be timed; at most as many as are given."""
     return min(most, _told(PREPARED_BY) - MARGIN_S - time.monotonic())
 
 

@@ -18,18 +18,28 @@ import torch
 from torch import Tensor
 
 from bench.gpu_clock import LONG_S, measure
-from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, end_with_parent, note, wait_for_turn
+from bench.gpu_process import (
+    Ended,
+    Sheet,
+    Workers,
+    end_on_sigterm,
+    end_with_parent,
+    note,
+    seconds_to_prepare,
+    wait_for_turn,
+)
 from bench.gpu_repeats import words
 from bench.gpu_rows import OURS, SUITES, Problem
 from bench.measure import largest_error, root
 from bench.peers import Peer
 
 BIT_REPEATS, LONG_BIT_REPEATS, _PROCESSES = 20, 3, 4
-# what one process has together: rows that need no compiler but ours, and those of other packages than PyTorch
-PLAIN, PACKAGES = "plain", "packages"
+# one process has all rows of plain PyTorch and ours together
+PLAIN = "plain"
 NO_TURN = "right, but had no turn"
-# of the time, what these may take in their turn, and a row of torch.compile
-SHARES, COMPILED_SHARE = {PLAIN: 0.6, PACKAGES: 0.4}, 0.2
+NO_TIME = "there was no time to check it"
+# of the time, what these may take in their turn, and each other process
+PLAIN_SHARE, OTHER_SHARE = 0.6, 0.2
 # many processes compile and load side by side: each by few threads
 ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "2"}
 
@@ -57,10 +67,10 @@ def ordered(rows: Iterable[tuple[Problem, list[Peer]]]) -> list[tuple[Problem, P
 
 
 def worker_of(problem: Problem, peer: Peer) -> str:
-    """The process that has a row; what must be compiled has one of its own."""
+    """The process that has a row: each package has one, and each row that must be compiled."""
     if peer.compiled:
         return f"{problem.group}: {peer.name}"
-    return PLAIN if peer.package in (None, "torch") else PACKAGES
+    return PLAIN if peer.package in (None, "torch") else str(peer.package)
 
 
 def check_row(
@@ -71,7 +81,7 @@ def check_row(
     Args:
         truths: by group; filled as needed.
     """
-    case = {"suite": problem.suite, "group": problem.group, "name": peer.name, "peer": peer.name, **problem.notes}
+    case = _title(problem, peer) | problem.notes
     for leaf in problem.leaves:
         leaf.requires_grad_("backward" in problem.group)
     run = functools.partial(problem.finish, peer.solve)
@@ -93,11 +103,21 @@ def check_row(
         return {**case, "refused": root(refusal)}, None
 
 
+def _title(problem: Problem, peer: Peer) -> dict[str, Any]:
+    return {"suite": problem.suite, "group": problem.group, "name": peer.name, "peer": peer.name}
+
+
 def time_rows(pairs: Sequence[tuple[Problem, Peer]], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Check all rows, wait for the turn, and time those that are right; a row without a time says why."""
+    """Check rows while there is time for it, wait for the turn, and time those that are right.
+
+    A row without a time says why.
+    """
     truths: dict[str, list[Tensor]] = {}
     right = []
     for problem, peer in pairs:
+        if seconds_to_prepare() <= 0:
+            yield {**_title(problem, peer), "refused": NO_TIME}
+            continue
         case, run = check_row(problem, peer, truths, device)
         if run is None:
             yield case
@@ -135,7 +155,7 @@ def time_suite(suite: str, sheet: Sheet, *, at_once: int, seconds: float = math.
     command, cases = [sys.executable, "-m", "bench.gpu_speed", suite, "--worker"], {}
     with Workers(seconds=seconds, at_once=at_once, prepare=prepare) as workers:
         for name in rows:
-            workers.start(name, [*command, name], ENVIRONMENT, share=SHARES.get(name, COMPILED_SHARE))
+            workers.start(name, [*command, name], ENVIRONMENT, share=PLAIN_SHARE if name == PLAIN else OTHER_SHARE)
         for name, heard in workers:
             if isinstance(heard, Ended):
                 how = "cut by the clock" if heard.code is None else f"exit {heard.code}: {heard.tail[-200:]}"
@@ -162,7 +182,7 @@ def rows_of(suite: str, worker: str, device: torch.device) -> list[tuple[Problem
     """The rows of a worker, with inputs for no other problem than theirs."""
 
     def wanted(group: str) -> bool:
-        return worker in (PLAIN, PACKAGES) or worker.startswith(f"{group}: ")
+        return ": " not in worker or worker.startswith(f"{group}: ")
 
     pairs = ordered(SUITES[suite](device, wanted))
     return [(problem, peer) for problem, peer in pairs if worker_of(problem, peer) == worker]

@@ -31,7 +31,7 @@ out.write_text(json.dumps({"cases": [{"suite": "s", "group": "g", "name": out.st
 
 
 def run_planted(parts: dict[str, gpu.Part], out: Path, prepare: float = 30.0) -> tuple[int, dict]:
-    red = gpu.run_parts(parts, out, "device", {"gpu": "none"}, prepare=prepare)
+    red = gpu.run_parts(parts, out / "device.json", out / "parts", {"gpu": "none"}, prepare=prepare)
     return red, json.loads((out / "device.json").read_text())
 
 
@@ -107,7 +107,8 @@ from pathlib import Path
 from bench import gpu
 gpu.end_on_sigterm()
 parts = {{"one": gpu.Part(command=(sys.executable, "-c", {part!r}))}}
-gpu.run_parts(parts, Path({str(tmp_path)!r}), "device", {{}}, prepare=60)
+out = Path({str(tmp_path)!r})
+gpu.run_parts(parts, out / "device.json", out / "parts", {{}}, prepare=60)
 """
     with subprocess.Popen(script(suite), cwd=ROOT) as process:
         end = time.monotonic() + 60
@@ -133,9 +134,9 @@ def test_less_time_shortens_what_is_prepared_and_no_turn(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "end_on_sigterm", lambda: None)
     seen = {}
 
-    def run(parts, out, name, machine, *, prepare):
-        seen.update(prepare=prepare, alone={part: parts[part].alone_s for part in parts})
-        Sheet(out / f"{name}.json", targets=gpu_targets.compare({}))
+    def run(parts, into, folder, machine, *, prepare):
+        seen.update(prepare=prepare, alone={part: parts[part].alone_s for part in parts}, folder=folder)
+        Sheet(into, targets=gpu_targets.compare({}))
         return 0
 
     monkeypatch.setattr(gpu, "run_parts", run)
@@ -144,6 +145,7 @@ def test_less_time_shortens_what_is_prepared_and_no_turn(monkeypatch, tmp_path):
         assert gpu.main(["--out", str(tmp_path), "--only", *turns, "--seconds", str(seconds)]) == 0
         assert seen["alone"] == turns
         assert seen["prepare"] == pytest.approx(seconds - sum(turns.values()) - gpu.CUT_S, abs=10)
+    assert seen["folder"] == tmp_path / "parts" and (tmp_path / "device.json").exists()
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--only", *turns, "--seconds", "100"])
 

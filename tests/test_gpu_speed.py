@@ -205,14 +205,28 @@ def test_only_right_results_have_a_time_and_every_row_says_why_not(monkeypatch):
 
 
 def test_packages_and_what_is_compiled_have_workers_of_their_own_and_packages_come_last():
-    workers = dict.fromkeys(
-        gpu_speed.worker_of(*pair) for pair in gpu_speed.ordered(gpu_rows.SUITES["sinkhorn"](torch.device("meta")))
+    workers = list(
+        dict.fromkeys(
+            gpu_speed.worker_of(*pair) for pair in gpu_speed.ordered(gpu_rows.SUITES["sinkhorn"](torch.device("meta")))
+        )
     )
-    assert next(iter(workers)) == "plain" and next(reversed(workers)) == "packages"
-    rows = gpu_speed.rows_of("sinkhorn", "packages", torch.device("meta"))
-    assert {peer.name for _, peer in rows} == {"POT, log_sinkhorn", "POT, sinkhorn", "GeomLoss", "flash-sinkhorn"}
-    compiled = [worker for worker in workers if worker not in ("plain", "packages")]
+    assert workers[0] == "plain" and workers[-3:] == ["POT", "geomloss", "flash-sinkhorn"]
+    assert {peer.name for _, peer in gpu_speed.rows_of("sinkhorn", "POT", torch.device("meta"))} == {
+        "POT, log_sinkhorn",
+        "POT, sinkhorn",
+    }
+    compiled = workers[1:-3]
     assert compiled and all(len(gpu_speed.rows_of("sinkhorn", w, torch.device("meta"))) == 1 for w in compiled)
+
+
+def test_rows_that_there_is_no_time_to_check_leave_the_others_their_turn(monkeypatch):
+    left = iter([100.0, 1.0, 0.0, -1.0])
+    monkeypatch.setattr(gpu_speed, "seconds_to_prepare", lambda: next(left))
+    peers = [Peer(name=name, solve=lambda x: 2 * x) for name in ("ridgeline", "b", "c", "d")]
+    problem, _ = doubled([])
+    rows = {case["name"]: case for case in gpu_speed.time_rows([(problem, peer) for peer in peers], CPU)}
+    assert rows["ridgeline"]["median_s"] > 0 and rows["b"]["median_s"] > 0
+    assert rows["c"]["refused"] == rows["d"]["refused"] == gpu_speed.NO_TIME
 
 
 def test_a_worker_of_one_row_builds_the_inputs_of_its_problem_only(monkeypatch):
