@@ -34,12 +34,12 @@ from bench.measure import largest_error, root
 from bench.peers import Peer
 
 BIT_REPEATS, LONG_BIT_REPEATS, _PROCESSES = 20, 3, 4
-# one process has all rows of plain PyTorch and ours together
+# one process has all of our rows, one those of plain PyTorch
 PLAIN = "plain"
 NO_TURN = "right, but had no turn"
 NO_TIME = "there was no time to check it"
 # of the time, what these may take in their turn, and each other process
-PLAIN_SHARE, OTHER_SHARE = 0.6, 0.2
+SHARES, OTHER_SHARE = {OURS: 0.5, PLAIN: 0.6}, 0.2
 # many processes compile and load side by side: each by few threads
 ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "2"}
 
@@ -67,9 +67,11 @@ def ordered(rows: Iterable[tuple[Problem, list[Peer]]]) -> list[tuple[Problem, P
 
 
 def worker_of(problem: Problem, peer: Peer) -> str:
-    """The process that has a row: each package has one, and each row that must be compiled."""
+    """The process that has a row: ours have one, each package has one, and each row that must be compiled."""
     if peer.compiled:
         return f"{problem.group}: {peer.name}"
+    if peer.name == OURS:
+        return OURS
     return PLAIN if peer.package in (None, "torch") else str(peer.package)
 
 
@@ -155,7 +157,7 @@ def time_suite(suite: str, sheet: Sheet, *, at_once: int, seconds: float = math.
     command, cases = [sys.executable, "-m", "bench.gpu_speed", suite, "--worker"], {}
     with Workers(seconds=seconds, at_once=at_once, prepare=prepare) as workers:
         for name in rows:
-            workers.start(name, [*command, name], ENVIRONMENT, share=PLAIN_SHARE if name == PLAIN else OTHER_SHARE)
+            workers.start(name, [*command, name], ENVIRONMENT, share=SHARES.get(name, OTHER_SHARE))
         for name, heard in workers:
             if isinstance(heard, Ended):
                 how = "cut by the clock" if heard.code is None else f"exit {heard.code}: {heard.tail[-200:]}"
