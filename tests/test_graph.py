@@ -70,6 +70,8 @@ def test_a_graph_changes_no_bit(recipe, machine, device):
 
 
 @pytest.mark.gpu
+# said once by the mode that the test needs
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_a_new_epoch_does_not_wait_for_the_device(recipe, device):
     batches = StageBatches(recipe, 1, stage_data(recipe, 1), device)
     orders = [batches.index(step).tolist() for step in range(1, UPDATES + 1)]
