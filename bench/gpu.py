@@ -1,8 +1,9 @@
 """python -m bench.gpu --out DIR [--only PART ...] [--seconds N]: all that a GPU is needed for, in nine minutes.
 
 Needs torch, triton, numpy and pytest, no network. Every part is a process with a time bound of its own and writes what
-it finds as it finds it, so that a part that fails or is cut loses nothing else: DIR/<part>.json, and DIR/<device>.json
-with the machine, all timed rows and the table of targets.
+it finds as it finds it, DIR/parts/<part>.json (--parts names another folder), so that a part that fails or is cut loses
+nothing of it. All of that is gathered every few seconds into one file, DIR/<device>.json: the machine, all timed rows,
+the table of targets, and what was checked.
 
 First what is checked and not timed, side by side: tests, bitwise repeats, two short trainings; meanwhile the other
 parts compile and check what they will time. Then these get the machine one after the other, each for itself.
@@ -17,24 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from bench.gpu_process import Ended, Sheet, Workers, at_most_every, end_on_sigterm
 
-from bench.gpu_process import Ended, Sheet, Workers
-from bench.gpu_targets import compare, format_table
-from bench.results import default_name, installed_versions, merge
-
-# a part is told to end so long before it is made to, and to be prepared: it counts from when it has been loaded
-_MARGIN_S, _PREPARED_S = 5.0, 45.0
-# for everything that is not timed
-PREPARE_S = 420.0
+# from the start of this process to the end of the last part; of it for ending parts that do not end by themselves
+TOTAL_S, CUT_S = 525.0, 10.0
+# without so much of it nothing can be compiled
+LEAST_PREPARE_S = 60.0
+_GATHER_EVERY_S = 5.0
+# POT and others import JAX where they find it, which takes three quarters of the GPU's memory unless it is told not to
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """A part of the suite: what it runs, and if it times something, for how many seconds it has the machine for itself.
 
-    `--out FILE --seconds N` are added, for a part that times something also `--prepare N`. The higher its niceness, the
-    later it gets a processor. Not `unasked`: runs only if it is named.
+    `--out FILE` is added; deadlines are handed down by `Workers`. The higher its niceness, the later it gets a
+    processor. Not `unasked`: runs only if it is named.
     """
 
     command: tuple[str, ...]
@@ -53,102 +53,88 @@ PARTS = {
     "repeats": Part(command=_module("bench.gpu_repeats")),
     "train": Part(command=_module("bench.gpu_train")),
     # some of its peers compile longest
-    "step": Part(command=_module("bench.gpu_step"), alone_s=45, niceness=0),
-    "matching": Part(command=_module("bench.gpu_speed", "matching"), alone_s=12, niceness=5),
-    "attention": Part(command=_module("bench.gpu_speed", "attention"), alone_s=35, niceness=5),
-    "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn"), alone_s=15, niceness=5),
+    "step": Part(command=_module("bench.gpu_step"), alone_s=60, niceness=0),
+    "matching": Part(command=_module("bench.gpu_speed", "matching", "--processes", "6"), alone_s=15, niceness=5),
+    "attention": Part(command=_module("bench.gpu_speed", "attention", "--processes", "6"), alone_s=30, niceness=5),
+    "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn", "--processes", "6"), alone_s=45, niceness=5),
     "points": Part(command=_module("bench.gpu_speed", "points"), alone_s=12, niceness=5),
     "tiles": Part(command=_module("bench.gpu_tiles"), alone_s=60, unasked=False),
+    "autotune": Part(
+        command=_module("bench.gpu_step", "--ways", "torch.compile, max-autotune"), alone_s=30, unasked=False
+    ),
 }
 
 
-def run_parts(parts: Mapping[str, Part], out: Path, name: str, machine: Mapping[str, Any], scale: float = 1.0) -> int:
+def run_parts(
+    parts: Mapping[str, Part], into: Path, folder: Path, machine: Mapping[str, Any], *, prepare: float
+) -> int:
     """Run parts: all side by side until those that time something are prepared, then these one after the other.
 
+    Args:
+        into: the file that gathers what they find.
+        folder: of the parts' own files.
+        prepare: seconds from now until the first turn, at most.
     Returns:
         How many of them were not green.
     """
-    started, prepare, red = time.monotonic(), PREPARE_S * scale, 0
-    summary = Sheet(out / f"{name}.json", **merge(None, [], machine), parts={}, targets=[])
-    alone = sum(part.alone_s for part in parts.values()) * scale
-    with Workers(seconds=alone, prepare=prepare, at_once=len(parts)) as workers:
-        for part_name, part in parts.items():
-            (file := out / f"{part_name}.json").unlink(missing_ok=True)
-            seconds = part.alone_s * scale or prepare
-            command = ["nice", "-n", str(part.niceness), *part.command, "--out", str(file), "--seconds", _told(seconds)]
-            if part.alone_s:
-                command += ["--prepare", _told(prepare, _PREPARED_S)]
-            workers.start(part_name, command, turn_s=seconds)
-        for part_name, ended in workers:
-            if not isinstance(ended, Ended):
-                continue
-            red += ended.code != 0
-            how = {0: "green", None: "cut by the clock"}.get(ended.code, f"exit {ended.code}")
-            after = round(time.monotonic() - started, 1)
-            print(f"{part_name}: {how} at {after:.0f} s. {ended.tail.rpartition(chr(10))[2][:200]}", flush=True)
-            if ended.code not in (0, 1):
-                print("\n".join(f"    {line[:160]}" for line in ended.tail.splitlines()[-6:]), flush=True)
-            summary.content["parts"][part_name] = {"ended": how, "seconds": after}
-            _gather(summary, out, machine)
-    print(format_table(summary.content["targets"]))
+    started, red = time.monotonic(), 0
+    files = {part_name: folder / f"{part_name}.json" for part_name in parts}
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = Sheet(into, parts={}, cases=[], targets=[])
+    alone = sum(part.alone_s for part in parts.values())
+    gather_often = at_most_every(_GATHER_EVERY_S, lambda: _gather(summary, files, machine))
+    try:
+        with Workers(seconds=alone + CUT_S, prepare=prepare, at_once=len(parts), meanwhile=gather_often) as workers:
+            for part_name, part in parts.items():
+                files[part_name].unlink(missing_ok=True)
+                command = ["nice", "-n", str(part.niceness), *part.command, "--out", str(files[part_name])]
+                turn = {"turn_s": part.alone_s} if part.alone_s else {}
+                workers.start(part_name, command, ENVIRONMENT, **turn)
+            for part_name, ended in workers:
+                if not isinstance(ended, Ended):
+                    continue
+                red += ended.code != 0
+                how = {0: "green", None: "cut by the clock"}.get(ended.code, f"exit {ended.code}")
+                after = round(time.monotonic() - started, 1)
+                print(f"{part_name}: {how} at {after:.0f} s. {ended.tail.rpartition(chr(10))[2][:200]}", flush=True)
+                if ended.code not in (0, 1):
+                    print("\n".join(f"    {line[:160]}" for line in ended.tail.splitlines()[-6:]), flush=True)
+                summary.content["parts"][part_name] = {"ended": how, "seconds": after, "tail": ended.tail[-600:]}
+                _gather(summary, files, machine)
+    finally:
+        # also when this process is told to end: its parts have written what they had
+        _gather(summary, files, machine)
     return red
 
 
-def _told(seconds: float, margin: float = _MARGIN_S) -> str:
-    return f"{max(seconds - margin, seconds / 2):.1f}"
+def _gather(summary: Sheet, files: Mapping[str, Path], machine: Mapping[str, Any]) -> None:
+    """Put into the summary what the parts have written so far; a fault in that ends no part."""
+    from bench.gpu_gathered import gather
 
-
-def _gather(summary: Sheet, out: Path, machine: Mapping[str, Any]) -> None:
-    """Gather what the parts have written so far."""
-    results = {name: json.loads(file.read_text()) for name in PARTS if (file := out / f"{name}.json").exists()}
-    content = summary.content
-    content |= merge(None, [case for result in results.values() for case in result.get("cases", ())], machine)
-    content["checks"] = {
-        "tests": _tests_in_short(results.get("tests")),
-        "repeats": _repeats_in_short(results.get("repeats")),
-        "train": _train_in_short(results.get("train")),
-    }
-    content["targets"] = compare(results)
-    summary.write()
-
-
-def _tests_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if not found or "counts" not in found:
-        return None
-    failures = {failure["test"]: failure["message"][0] for failure in found["failures"] if failure["message"]}
-    return {**found["counts"], "failures": failures}
-
-
-def _repeats_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if not found:
-        return None
-    swept = found["swept"]
-    return {
-        "configurations": found["configurations"],
-        "swept": len(swept),
-        "repeats": max((line["repeats"] for line in swept), default=0),
-        "differing": [
-            f"{n['operator']} {n['case']}" for n in swept if n["differing"] or n["alone_differs"] or n["not_finite"]
-        ],
-        "processes": found["processes"],
-    }
-
-
-def _train_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if not found or not found["runs"]:
-        return None
-    first = found["runs"][0]
-    return {"steps_each_stage": found["steps"], "same_bits": found["same_bits"]} | {
-        key: first[key] for key in ("weights", "dev_scores", "loss")
-    }
+    try:
+        results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+        summary.content |= gather(results, machine)
+        summary.write()
+    except Exception as fault:
+        print(f"gathering: {fault!r}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts; 0 if all were green, 1 if not, 2 without a GPU."""
+    started = time.monotonic()
+    # which takes its time, too
+    import torch
+
+    from bench.gpu_targets import format_table
+    from bench.results import default_name, installed_versions
+
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (runs/gpu)")
+    parser.add_argument("--parts", type=Path, metavar="DIR", help="folder of the parts' own files (OUT/parts)")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--seconds", type=float, help="time for everything; each share scales")
+    parser.add_argument(
+        "--seconds", type=float, default=TOTAL_S, help=f"time for everything ({TOTAL_S:g}); turns stay as long"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
@@ -156,10 +142,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     parts = {name: part for name, part in PARTS.items() if (name in options.only if options.only else part.unasked)}
-    total = PREPARE_S + sum(part.alone_s for part in parts.values())
-    scale = options.seconds / total if options.seconds else 1.0
-    red = run_parts(parts, options.out, default_name(), installed_versions(), scale)
-    print(f"results in {options.out}")
+    alone = sum(part.alone_s for part in parts.values())
+    if (prepare := options.seconds - alone - CUT_S) < LEAST_PREPARE_S:
+        parser.error(f"--seconds must be at least {alone + CUT_S + LEAST_PREPARE_S:g} for these parts")
+    end_on_sigterm()
+    into, machine = options.out / f"{default_name()}.json", installed_versions()
+    left = prepare - (time.monotonic() - started)
+    red = run_parts(parts, into, options.parts or options.out / "parts", machine, prepare=left)
+    print(format_table(json.loads(into.read_text())["targets"]))
+    print(f"results in {into}")
     return int(red > 0)
 
 

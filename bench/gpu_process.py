@@ -1,8 +1,12 @@
 """Processes with a time bound that hand over what they have found line by line, so that a crash or a hang loses only
 the rest; and the JSON files into which their parents put it, whole at every moment.
+
+Deadlines are moments of `time.monotonic()`, which all processes of a machine share, and are handed down: a worker that
+itself has workers ends them a little before it is ended, however long it took to load.
 """
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -11,15 +15,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-# names the file to which a worker appends its lines, and the one whose appearance is its turn
+# names the file to which a worker appends its lines, and the one that appears for its turn and holds the turn's end
 LINES, TURN = "RIDGELINE_LINES", "RIDGELINE_TURN"
+# when a worker is to be prepared, or to have ended, and the process that started it
+PREPARED_BY, ENDS_BY, PARENT = "RIDGELINE_PREPARED_BY", "RIDGELINE_ENDS_BY", "RIDGELINE_PARENT"
+# how long before its own end a worker ends its workers; shorter in its turn, of which every second counts
+MARGIN_S, TURN_MARGIN_S = 10.0, 3.0
 _HELD = {"held": True}
-_TAIL_BYTES, _GRACE_S, _POLL_S = 2000, 5.0, 0.1
+_TAIL_BYTES, _GRACE_S, _KILLED_S, _POLL_S = 2000, 5.0, 10.0, 0.1
+_PR_SET_PDEATHSIG = 1
 
 Line = dict[str, Any]
 T = TypeVar("T")
@@ -40,6 +49,7 @@ class _Worker:
     output: Path
     turn: Path
     turn_s: float
+    share: float
     rest: str = field(default="")
     held: bool = False
 
@@ -52,31 +62,46 @@ class Workers:
             for name, heard in workers:          # a line that `note` wrote, or at last an Ended
 
     A worker that times something first prepares it, side by side with the others, and then calls `wait_for_turn`. When
-    all that run wait so, they get their turns one after the other, in the order of their start, each alone.
+    all that run wait so, they get their turns one after the other, in the order of their start, each alone. One that
+    calls it again gets another turn after the others.
 
     Args:
-        seconds: for all of them together; of those that wait for their turn, from the first turn on.
         at_once: how many run at the same time; the others wait. More may be started while they are heard.
+        seconds: for all of them together; of those that wait for their turn, from the first turn on.
         prepare: what neither waits for its turn nor has ended after so many seconds is cut.
+        meanwhile: called several times a second while they are heard.
+
+    A process that is itself a worker has the deadlines that it was told, where these are earlier.
     """
 
-    def __init__(self, *, seconds: float, at_once: int, prepare: float = math.inf):
-        self._seconds, self._at_once = seconds, at_once
-        self._prepared_by = time.monotonic() + prepare
-        self._deadline = time.monotonic() + seconds + (prepare if prepare < math.inf else 0)
-        self._waiting: list[tuple[str, Sequence[str], Mapping[str, str], float]] = []
+    def __init__(
+        self,
+        *,
+        at_once: int,
+        seconds: float = math.inf,
+        prepare: float = math.inf,
+        meanwhile: Callable[[], None] = lambda: None,
+    ):
+        now = time.monotonic()
+        self._seconds, self._at_once, self._meanwhile = seconds, at_once, meanwhile
+        self._prepared_by = min(now + prepare, _told(PREPARED_BY) - MARGIN_S)
+        begin = self._prepared_by if self._prepared_by < math.inf else now
+        self._deadline = min(begin + seconds, _told(ENDS_BY) - MARGIN_S)
+        self._waiting: list[tuple[str, Sequence[str], Mapping[str, str], float, float | None]] = []
         self._running: dict[str, _Worker] = {}
         self._scratch = tempfile.TemporaryDirectory()
         self._started = 0
         # whose turn it is and when it ends, once turns are given
         self._turn: tuple[str, float] | None = None
+        # when the first turn began, how long all may take, and the seconds of those given so far
+        self._first_turn, self._turns_s, self._given_s = now, math.inf, 0.0
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._terminate(list(self._running))
         for worker in self._running.values():
-            _kill(worker.process)
             worker.lines.close()
         self._running.clear()
         self._scratch.cleanup()
@@ -88,9 +113,16 @@ class Workers:
         environment: Mapping[str, str] | None = None,
         *,
         turn_s: float = math.inf,
+        share: float | None = None,
     ) -> None:
-        """Queue a command; `environment` is added to this process's, `turn_s` bounds its turn."""
-        self._waiting.append((name, command, environment or {}, turn_s))
+        """Queue a command; `environment` is added to this process's.
+
+        Args:
+            turn_s: bounds its turn, with what those before it did not use of theirs.
+            share: of the time for all turns, bounds its turn too. A worker for which either is given is told by when to
+                be prepared, another one by when to have ended.
+        """
+        self._waiting.append((name, command, environment or {}, turn_s, share))
 
     def left(self) -> float:
         """Seconds until the time is up."""
@@ -101,6 +133,7 @@ class Workers:
             self._start_waiting()
             yield from self._hear()
             yield from self._give_turns()
+            self._meanwhile()
             if self.left() <= 0:
                 yield from self._cut(list(self._running))
                 return
@@ -112,21 +145,30 @@ class Workers:
             self._spawn(*self._waiting.pop(0))
             busy += 1
 
-    def _spawn(self, name: str, command: Sequence[str], environment: Mapping[str, str], turn_s: float) -> None:
+    def _spawn(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], turn_s: float, share: float | None
+    ) -> None:
         self._started += 1
         base = Path(self._scratch.name) / str(self._started)
         lines, output, turn = (base.with_suffix(suffix) for suffix in (".lines", ".out", ".turn"))
         lines.touch()
+        told = {LINES: str(lines), TURN: str(turn), PARENT: str(os.getpid())}
+        if turn_s < math.inf or share is not None:
+            told |= {PREPARED_BY: repr(self._prepared_by), ENDS_BY: repr(math.inf)}
+        else:
+            told |= {PREPARED_BY: repr(math.inf), ENDS_BY: repr(min(self._prepared_by, self._deadline))}
         with output.open("wb") as file:
             process = subprocess.Popen(
                 command,
-                env={**os.environ, **environment, LINES: str(lines), TURN: str(turn)},
+                env={**os.environ, **environment, **told},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._running[name] = _Worker(process=process, lines=lines.open(), output=output, turn=turn, turn_s=turn_s)
+        self._running[name] = _Worker(
+            process=process, lines=lines.open(), output=output, turn=turn, turn_s=turn_s, share=share or 1.0
+        )
 
     def _hear(self) -> Iterator[tuple[str, Line | Ended]]:
         # ended before its lines are read: nothing is written after
@@ -139,32 +181,39 @@ class Workers:
     def _lines_of(self, name: str) -> Iterator[tuple[str, Line]]:
         worker = self._running[name]
         for line in _new_lines(worker):
-            if line == _HELD:
-                worker.held = True
-            else:
+            if line != _HELD:
                 yield name, line
+                continue
+            worker.held = True
+            if self._turn is not None and self._turn[0] == name:
+                # it wants another turn: after the others
+                self._running[name] = self._running.pop(name)
 
     def _give_turns(self) -> Iterator[tuple[str, Line | Ended]]:
         """Give the next worker its turn, if all are prepared and nobody has it."""
-        held = [name for name, worker in self._running.items() if worker.held]
         if self._turn is None:
-            preparing = [name for name in self._running if name not in held]
-            if time.monotonic() < self._prepared_by and (preparing or self._waiting or not held):
+            preparing = [name for name, worker in self._running.items() if not worker.held]
+            none_held = len(preparing) == len(self._running)
+            if time.monotonic() < self._prepared_by and (preparing or self._waiting or none_held):
                 return
             yield from self._cut(preparing)
-            if not held:
+            if none_held:
                 return
-            wait_for_turn()
-            self._deadline = time.monotonic() + self._seconds
-        elif self._turn[0] in self._running:
+            ends = wait_for_turn()
+            self._first_turn = time.monotonic()
+            self._deadline = min(self._first_turn + self._seconds, ends - TURN_MARGIN_S)
+            self._turns_s = self._deadline - self._first_turn
+        elif self._turn[0] in self._running and not self._running[self._turn[0]].held:
             if time.monotonic() < self._turn[1]:
                 return
             yield from self._cut([self._turn[0]])
-            held.remove(self._turn[0])
-        if held:
-            worker = self._running[held[0]]
-            self._turn = held[0], time.monotonic() + worker.turn_s
-            worker.turn.touch()
+        if held := [name for name, worker in self._running.items() if worker.held]:
+            worker, now = self._running[held[0]], time.monotonic()
+            self._given_s += worker.turn_s
+            bound = max(now + worker.turn_s, self._first_turn + self._given_s)
+            self._turn = held[0], min(bound, now + worker.share * self._turns_s, self._deadline)
+            worker.held = False
+            _write_whole(worker.turn, repr(self._turn[1]))
 
     def _end(self, name: str, code: int | None) -> Ended:
         worker = self._running.pop(name)
@@ -174,30 +223,55 @@ class Workers:
 
     def _cut(self, names: Sequence[str]) -> Iterator[tuple[str, Line | Ended]]:
         """End workers that run, and give up those that have not been started."""
+        self._terminate(names)
         for name in names:
-            _signal(self._running[name].process, signal.SIGTERM)
-        end = time.monotonic() + _GRACE_S
-        for name in names:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._running[name].process.wait(max(end - time.monotonic(), 0.0))
-            _kill(self._running[name].process)
             yield from self._lines_of(name)
             yield name, self._end(name, None)
         for name, *_ in self._waiting:
             yield name, Ended(code=None, tail="there was no time to start it")
         self._waiting.clear()
 
+    def _terminate(self, names: Sequence[str]) -> None:
+        """Tell workers to end, wait a little for all of them together, and kill what is left of them."""
+        processes = [self._running[name].process for name in names]
+        for process in processes:
+            _signal(process, signal.SIGTERM)
+        end = time.monotonic() + _GRACE_S
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(end - time.monotonic(), 0.0))
+        for process in processes:
+            _signal(process, signal.SIGKILL)
+        for process in processes:
+            _kill(process)
 
-def wait_for_turn() -> None:
-    """Say that all is prepared and wait until it is this process's turn; at once where nobody gives turns."""
+
+def _told(name: str) -> float:
+    """A moment that this process was told."""
+    return float(os.environ.get(name, math.inf))
+
+
+def seconds_to_prepare(most: float = math.inf) -> float:
+    """Seconds that are left to prepare what will be timed; at most as many as are given."""
+    return min(most, _told(PREPARED_BY) - MARGIN_S - time.monotonic())
+
+
+def wait_for_turn() -> float:
+    """Say that all is prepared, wait until it is this process's turn and return when that ends.
+
+    Where nobody gives turns it begins at once and does not end.
+    """
     if TURN not in os.environ:
-        return
+        return math.inf
     note(**_HELD)
-    parent = os.getppid()
-    while not Path(os.environ[TURN]).exists():
+    parent, turn = os.getppid(), Path(os.environ[TURN])
+    while not turn.exists():
         if os.getppid() != parent:
             sys.exit(f"{sys.argv[0]}: who gives the turns is gone")
         time.sleep(_POLL_S)
+    ends = float(turn.read_text())
+    turn.unlink()
+    return ends
 
 
 def note(**line: Any) -> None:
@@ -234,9 +308,36 @@ def share(things: Sequence[T], part: str) -> Sequence[T]:
     return things[int(number) :: int(count)]
 
 
+def at_most_every(seconds: float, act: Callable[[], None]) -> Callable[[], None]:
+    """A call that acts if its last act was at least so long ago."""
+    last = time.monotonic()
+
+    def perhaps() -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            act()
+            last = time.monotonic()
+
+    return perhaps
+
+
 def end_on_sigterm() -> None:
-    """Leave by an exception when told to end, so that workers of this process are killed on the way."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Leave by an exception when told to end, so that workers of this process are ended on the way."""
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+def end_with_parent() -> None:
+    """Be killed when the process that started this worker is gone, however it went."""
+    if PARENT not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != int(os.environ[PARENT]):
+        sys.exit(f"{sys.argv[0]}: who started it is gone")
 
 
 class Sheet:
@@ -249,9 +350,13 @@ class Sheet:
     def write(self) -> None:
         """Replace the file by the content."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        _write_whole(self.path, json.dumps(self.content, indent=1) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _new_lines(worker: _Worker) -> Iterator[Line]:
@@ -264,7 +369,8 @@ def _new_lines(worker: _Worker) -> Iterator[Line]:
 def _kill(process: subprocess.Popen) -> None:
     """Kill a worker and whatever it left running in its session."""
     _signal(process, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_KILLED_S)
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:

@@ -9,23 +9,29 @@ processes   three fresh processes, each with its own empty cache of compiled ker
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from bench.gpu_cases import OperatorCase, Tensors, core_cases, item
 from bench.gpu_cases_layers import layer_cases
-from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note, share
+from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, end_with_parent, note, share
 from train.determinism import CUBLAS_WORKSPACE
 from train.trace import digest
 
 HASH_SEEDS = ("0", "1", "4242")
 _WORKERS = 6
+ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE, "TRITON_DISABLE_LINE_INFO": "1", "OMP_NUM_THREADS": "2"
+}  # fmt: skip
+T = TypeVar("T")
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -51,18 +57,26 @@ class Load:
                 torch.mm(self._left, self._right, out=self._product)
                 self._product.copy_(self._right)
 
+    def end(self) -> None:
+        """Wait until nothing of it runs: only then may its memory be given to others."""
+        if self._stream:
+            self._stream.synchronize()
+
 
 def count_differing(case: OperatorCase, tensors: Tensors, repeats: int) -> int:
     """Return how many of `repeats` results under load differ in any bit from the first, which had none."""
     first = case.solve(tensors)
     some = next(iter(first.values()))
     load, differing = Load(some.device), torch.zeros((), dtype=torch.int64, device=some.device)
-    for _ in range(repeats):
-        load.more()
-        found = case.solve(tensors)
-        pairs = [(words(x) != words(found[name])).any() for name, x in first.items() if x.numel()]
-        differing += torch.stack(pairs).any()
-    return int(differing)
+    try:
+        for _ in range(repeats):
+            load.more()
+            found = case.solve(tensors)
+            pairs = [(words(x) != words(found[name])).any() for name, x in first.items() if x.numel()]
+            differing += torch.stack(pairs).any()
+        return int(differing)
+    finally:
+        load.end()
 
 
 def words(x: torch.Tensor) -> torch.Tensor:
@@ -103,12 +117,28 @@ def sweep(case: OperatorCase, device: torch.device, repeats: int) -> dict[str, A
 
 
 def digests(device: torch.device) -> dict[str, str]:
-    """The digest of all results of each configuration that training launches."""
-    return {
-        f"{case.operator} {case.name}": digest(case.solve(case.make(case.items, device)))
-        for case in cases()
-        if case.trained
-    }
+    """The digest of all results of each configuration that training launches; errors are noted."""
+    found = {}
+    for case in cases():
+        if case.trained and (result := _tried(case, lambda c: digest(c.solve(c.make(c.items, device))), device)):
+            found[f"{case.operator} {case.name}"] = result
+    return found
+
+
+def _tried(case: OperatorCase, act: Callable[[OperatorCase], T], device: torch.device) -> T | None:
+    """What an action returns, or None after an error, which is noted.
+
+    Raises:
+        RuntimeError: the error left the device in a state in which no later call succeeds.
+    """
+    try:
+        return act(case)
+    except Exception as error:
+        note(operator=case.operator, case=case.name, error=f"{type(error).__name__}: {error}"[:500])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    return None
 
 
 def cubins(cache: Path) -> dict[str, list[str]]:
@@ -134,6 +164,7 @@ def compare_processes(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _work(options: argparse.Namespace) -> int:
     """Be a worker: sweep every n-th configuration, or digest those of training."""
+    end_with_parent()
     device = torch.device(options.device)
     torch.use_deterministic_algorithms(True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010
@@ -141,35 +172,44 @@ def _work(options: argparse.Namespace) -> int:
         found = digests(device)
         note(digests=found, cubins=cubins(Path(os.environ["TRITON_CACHE_DIR"])))
         return 0
-    for case in share(cases(), options.worker):
-        note(**sweep(case, device, options.repeats))
+    for case in share(cases(), options.worker)[options.skip :]:
+        note(began=f"{case.operator} {case.name}")
+        if line := _tried(case, lambda c: sweep(c, device, options.repeats), device):
+            note(**line)
     return 0
 
 
-def run_sweeps(sheet: Sheet, *, seconds: float, repeats: int, device: str, processes: int) -> None:
-    """Start all workers and keep the sheet up to date with what they find."""
+def run_sweeps(sheet: Sheet, *, repeats: int, device: str, processes: int, seconds: float = math.inf) -> None:
+    """Start all workers and keep the sheet up to date with what they find; one that dies is followed by another."""
     worker = [sys.executable, "-m", "bench.gpu_repeats", "--device", device, "--repeats", str(repeats), "--worker"]
-    fixed = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE, "TRITON_DISABLE_LINE_INFO": "1"}
     content, fresh = sheet.content, []
     content |= {"configurations": len(cases()), "swept": [], "processes": compare_processes([]), "errors": []}
+    sheet.write()
+    # of each worker, how many configurations it has begun, and with which the process began that runs now
+    began, skipped = ({f"{i}/{processes}": 0 for i in range(processes)} for _ in range(2))
     with (
         tempfile.TemporaryDirectory() as caches,
         Workers(seconds=seconds, at_once=processes + len(HASH_SEEDS)) as workers,
     ):
         for seed in HASH_SEEDS:
-            environment = {**fixed, "TRITON_CACHE_DIR": f"{caches}/{seed}", "PYTHONHASHSEED": seed}
+            environment = {**ENVIRONMENT, "TRITON_CACHE_DIR": f"{caches}/{seed}", "PYTHONHASHSEED": seed}
             workers.start(f"hash seed {seed}", [*worker, "digests"], environment)
-        for i in range(processes):
-            workers.start(f"sweep {i}", [*worker, f"{i}/{processes}"], fixed)
+        for part in began:
+            workers.start(part, [*worker, part], ENVIRONMENT)
         for name, heard in workers:
             if isinstance(heard, Ended):
                 if heard.code != 0:
                     content["errors"].append({"worker": name, "code": heard.code, "tail": heard.tail[-800:]})
+                if name in began and heard.code not in (0, None) and began[name] > skipped[name]:
+                    skipped[name] = began[name]
+                    workers.start(name, [*worker, name, "--skip", str(began[name])], ENVIRONMENT)
             elif "digests" in heard:
                 fresh.append(heard)
                 content["processes"] = compare_processes(fresh)
+            elif "began" in heard:
+                began[name] += 1
             else:
-                content["swept"].append(heard)
+                content["errors" if "error" in heard else "swept"].append(heard)
             sheet.write()
 
 
@@ -178,6 +218,7 @@ def is_green(content: dict[str, Any]) -> bool:
     swept, processes = content["swept"], content["processes"]
     return (
         len(swept) == content["configurations"]
+        and not any("error" in error for error in content["errors"])
         and not any(line["differing"] or line["alone_differs"] or line["not_finite"] for line in swept)
         and processes["processes"] == len(HASH_SEEDS)
         and not processes["differing_digests"] + processes["differing_cubins"]
@@ -188,15 +229,17 @@ def main() -> int:
     """Run the part; exit code 0 only if everything was checked and no bit differed."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_repeats")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=100.0)
+    parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--processes", type=int, default=min(_WORKERS, os.cpu_count() or 1))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return _work(options)
     end_on_sigterm()
+    end_with_parent()
     sheet = Sheet(options.out)
     run_sweeps(
         sheet, seconds=options.seconds, repeats=options.repeats, device=options.device, processes=options.processes

@@ -1,6 +1,7 @@
 """What the GPU suites time: problems at the model's shapes, whom they are put to, and the truth in float64.
 
-Errors are relative to the largest true value of their tensor; truths are computed in blocks of items.
+Errors are relative to the largest true value of their tensor; truths are computed in blocks of items. Inputs are built
+for the groups that are wanted only.
 """
 
 import functools
@@ -27,6 +28,7 @@ _TRUTH_ITEMS = 8
 BF16_TOLERANCE, FP32_TOLERANCE, POINTS_TOLERANCE, BALANCED_TOLERANCE = 3e-2, 1e-4, 5e-2, 1e-2
 # iterations of balanced problems: of the truth, and of those that 20 do not bring within the tolerance
 CONVERGED, MORE = 200, {"GeomLoss": 200}
+Wanted = Callable[[str], bool]
 # name -> (items, shape of the inputs)
 Shapes = Mapping[str, tuple[int, Mapping[str, Any]]]
 ATTENTION: Shapes = {
@@ -40,6 +42,11 @@ LAYERS = {"32 x 2048": (32, 2048), "64 x 4096": (64, 4096)}
 TRANSPORT: Shapes = {"64x64": (64, {"N": 64, "M": 64}), "512x512": (8, {"N": 512, "M": 512})}
 MATCHING_SETTINGS = {"eps": EPS, "iterations": ITERATIONS, "cost_scale": 5.0, "dustbin": 0.3, "direction_weight": 0.3}
 TRANSPORT_SETTINGS = {"eps": EPS, "iterations": ITERATIONS, "dustbin": 1.5}
+
+
+def every_group(group: str) -> bool:
+    """All groups are wanted."""
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +69,14 @@ class Problem:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def attention_rows(device: torch.device, shapes: Shapes = ATTENTION) -> Iterator[tuple[Problem, list[Peer]]]:
+def attention_rows(
+    device: torch.device, wanted: Wanted = every_group, shapes: Shapes = ATTENTION
+) -> Iterator[tuple[Problem, list[Peer]]]:
     """Attention in bfloat16 at the model's shapes."""
     ours = Peer(name=OURS, solve=lambda *x: gqa_attention(*x[:4], key_count_B=x[4]), package=None)
     for (name, (items, shape)), passes in itertools.product(shapes.items(), PASSES):
+        if not wanted(group := f"attention, {name}, {passes}"):
+            continue
         tensors = attention_inputs(items, device, **shape)
         leaves = [tensors[n] for n in ("q_BHTD", "k_BGSD", "v_BGSD", "log_scale_H")]
         count_B = tensors.get("key_count_B")
@@ -78,7 +89,7 @@ def attention_rows(device: torch.device, shapes: Shapes = ATTENTION) -> Iterator
         yield (
             Problem(
                 suite="attention",
-                group=f"attention, {name}, {passes}",
+                group=group,
                 leaves=leaves,
                 finish=finish,
                 truth=functools.partial(_attention_truth, tensors, passes),
@@ -102,13 +113,17 @@ def _attention_truth(tensors: Tensors, passes: str) -> list[Tensor]:
     return [*(torch.cat(column) for column in columns[:4]), *(torch.stack(column).sum(0) for column in columns[4:])]
 
 
-def sinkhorn_rows(device: torch.device, shapes: Shapes = TRANSPORT) -> Iterator[tuple[Problem, list[Peer]]]:
+def sinkhorn_rows(
+    device: torch.device, wanted: Wanted = every_group, shapes: Shapes = TRANSPORT
+) -> Iterator[tuple[Problem, list[Peer]]]:
     """The plan of ragged problems with a dustbin, and its exact gradient."""
 
     def solve(cost_BNM: Tensor, cols_B: Tensor) -> Tensor:
         return sinkhorn(cost_BNM, cols_B=cols_B, **TRANSPORT_SETTINGS).plan_BNM
 
     for (name, (items, shape)), passes in itertools.product(shapes.items(), PASSES):
+        if not wanted(group := f"sinkhorn, {name}, {passes}"):
+            continue
         tensors = transport_inputs(items, device, **shape)
         cost_BNM, cols_B, upstream_BNM = (tensors[n] for n in ("cost_BNM", "cols_B", "dplan_BNM"))
 
@@ -124,7 +139,7 @@ def sinkhorn_rows(device: torch.device, shapes: Shapes = TRANSPORT) -> Iterator[
         yield (
             Problem(
                 suite="sinkhorn",
-                group=f"sinkhorn, {name}, {passes}",
+                group=group,
                 leaves=[cost_BNM],
                 finish=finish,
                 truth=truth,
@@ -135,10 +150,14 @@ def sinkhorn_rows(device: torch.device, shapes: Shapes = TRANSPORT) -> Iterator[
         )
 
 
-def matching_rows(device: torch.device, items: int = 64) -> Iterator[tuple[Problem, list[Peer]]]:
+def matching_rows(
+    device: torch.device, wanted: Wanted = every_group, items: int = 64
+) -> Iterator[tuple[Problem, list[Peer]]]:
     """The matching loss with plan gradients detached, as in training, then exact (both passes only)."""
     ours = Peer(name=OURS, solve=functools.partial(match_segments, **MATCHING_SETTINGS), package=None)
     for plan_gradient, passes in (("detached", PASSES[0]), ("detached", PASSES[1]), ("exact", PASSES[0])):
+        if not wanted(group := f"match_segments, 64x64, {plan_gradient}, {passes}"):
+            continue
         tensors = segment_inputs(items, device)
         leaves = [tensors[n] for n in ("mid_BN3", "dir_BN3", "len_BN")]
         rest = [tensors[n] for n in ("gt_BM23", "count_B", "dtransport_B", "dendpoint_B")]
@@ -155,7 +174,7 @@ def matching_rows(device: torch.device, items: int = 64) -> Iterator[tuple[Probl
         yield (
             Problem(
                 suite="matching",
-                group=f"match_segments, 64x64, {plan_gradient}, {passes}",
+                group=group,
                 leaves=leaves,
                 finish=finish,
                 truth=truth,
@@ -167,10 +186,12 @@ def matching_rows(device: torch.device, items: int = 64) -> Iterator[tuple[Probl
 
 
 def point_rows(
-    device: torch.device, sizes: Mapping[str, tuple[int, int]] = LAYERS
+    device: torch.device, wanted: Wanted = every_group, sizes: Mapping[str, tuple[int, int]] = LAYERS
 ) -> Iterator[tuple[Problem, list[Peer]]]:
     """Points to rows in bfloat16, against PyTorch's layers under autocast, features included."""
     for (name, (items, points)), passes in itertools.product(sizes.items(), PASSES):
+        if not wanted(group := f"point_embedding, {name}, {passes}"):
+            continue
         tensors = point_inputs(items, device, T=points)
         weights = {n: tensors[n] for n in (*TABLES, *LAYER_WEIGHTS)}
 
@@ -183,7 +204,7 @@ def point_rows(
         yield (
             Problem(
                 suite="points",
-                group=f"point_embedding, {name}, {passes}",
+                group=group,
                 leaves=list(weights.values()),
                 finish=finish,
                 truth=functools.partial(_embedding_truth, tensors, passes),
@@ -224,8 +245,12 @@ def _losses_and_gradients(solve: Callable[..., Any], leaves: Sequence[Tensor], r
     return [*(value.detach() for value in values), *gradients]
 
 
-def balanced_rows(device: torch.device, items: int = 64, size: int = 64) -> Iterator[tuple[Problem, list[Peer]]]:
+def balanced_rows(
+    device: torch.device, wanted: Wanted = every_group, items: int = 64, size: int = 64
+) -> Iterator[tuple[Problem, list[Peer]]]:
     """Plans of dense problems without a dustbin, by packages that solve no others; each near the converged plan."""
+    if not wanted(group := "sinkhorn, balanced and dense, forward"):
+        return
     generator = torch.Generator().manual_seed(0)
     x_BN3, y_BM3 = torch.rand(2, items, size, 3, generator=generator).to(device)
     cost_BNM = (x_BN3[:, :, None] - y_BM3[:, None]).square().sum(3)
@@ -239,7 +264,7 @@ def balanced_rows(device: torch.device, items: int = 64, size: int = 64) -> Iter
     yield (
         Problem(
             suite="sinkhorn",
-            group="sinkhorn, balanced and dense, forward",
+            group=group,
             leaves=[cost_BNM],
             finish=finish,
             truth=truth,
@@ -260,9 +285,14 @@ def _balanced(x_BND: Tensor, y_BMD: Tensor, cost_BNM: Tensor, eps: float, iterat
     return sinkhorn(cost_BNM, eps=eps, iterations=iterations).plan_BNM
 
 
-SUITES = {
+def transport_rows(device: torch.device, wanted: Wanted = every_group) -> Iterator[tuple[Problem, list[Peer]]]:
+    """All that `sinkhorn` is put to."""
+    return itertools.chain(sinkhorn_rows(device, wanted), balanced_rows(device, wanted))
+
+
+SUITES: dict[str, Callable[..., Iterator[tuple[Problem, list[Peer]]]]] = {
     "attention": attention_rows,
-    "sinkhorn": lambda device: itertools.chain(sinkhorn_rows(device), balanced_rows(device)),
+    "sinkhorn": transport_rows,
     "matching": matching_rows,
     "points": point_rows,
 }

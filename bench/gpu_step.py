@@ -1,175 +1,44 @@
 """A training step of the published model on the GPU: ours in several forms, and PyTorch's ways to it.
 
 Each way has a process of its own for each shape, and shows the loss of float64 before it is timed. All are prepared
-side by side and timed one after the other, alone. Rows are generated roofs; a step is augmentation, forward, loss,
-backward, clipping and AdamW in bf16.
+side by side and timed one after the other, alone; last come the profiles of ours. Rows are generated roofs.
 """
 
 import argparse
-import dataclasses
 import itertools
-import os
+import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note, wait_for_turn
-from bench.gpu_rows import OURS
-from bench.gpu_step_peers import PlainPerceiver, plain_loss
+from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, end_with_parent, note, wait_for_turn
+from bench.gpu_step_ways import COMPILED, OURS, UNBOUNDED, WAYS, build_way, checked_error
 from bench.measure import quartiles, significant
-from bench.stirred import stirred_model
-from perceiver import products
-from perceiver.model import Perceiver
-from perceiver.scene import SceneBatch
-from train.augment import augment
-from train.batches import StageBatches, stage_data
-from train.config import Recipe, StageConfig, load_recipe
-from train.determinism import CUBLAS_WORKSPACE, Machine, enter
-from train.graph import StageUpdates
-from train.optim import build_optimizer
-from train.step import predict_and_compare
+from train.determinism import CUBLAS_WORKSPACE
 
 SHAPES = {"32 x 2048": (32, 2048), "64 x 4096": (64, 4096)}
-# rows whose loss is compared with float64, and the relative error that bf16 may show
-CHECKED_ROWS, TOLERANCE = 8, 3e-2
+# the relative error of the loss that bf16 may show
+TOLERANCE = 3e-2
 WARM_UP, SETTLE, ROUNDS, PROFILED, KERNELS = 8, 5, 20, 3, 40
-_PROCESSES = 16
-# many processes compile side by side: each starts few of its own
-COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "3"}
+_PROCESSES = 20
+# many processes compile side by side: each starts few of its own; more where many kernels are tried out
+_COMPILER_THREADS = {True: "8", False: "3"}
 # of the time that one way at one shape may take when it is its turn
 SHARE = 0.2
-WAYS = (
-    OURS,
-    f"{OURS}, one stream",
-    f"{OURS}, launch by launch",
-    "eager",
-    "eager, deterministic",
-    "torch.compile",
-    "torch.compile, max-autotune",
-    "torch.compile, deterministic",
-)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One shape of the training: recipe, stage and rows."""
-
-    recipe: Recipe
-    stage: StageConfig
-    batches: StageBatches
-    model: Perceiver
+def asked_for(ways: Sequence[str], shapes: Sequence[str]) -> list[tuple[str, str]]:
+    """Ways and shapes in the order of their turns; what tries out kernels at the first shape only."""
+    return [(way, shape) for way in ways for shape in (shapes[:1] if _tries_out(way) else shapes)]
 
 
-def setting(shape: tuple[int, int], machine: Machine, recipe: Recipe | None = None) -> Setting:
-    """Build the published model off its start, where residual branches are 0, and rows for it."""
-    scenes, points = shape
-    recipe = recipe or load_recipe("s23dr")
-    uri = f"roofs:real?points={points}&scenes={2 * scenes}"
-    stage = dataclasses.replace(
-        recipe.stages[-1], data=uri, until=1_000_000, batch=scenes, lr=1e-4, warmup=0, cooldown_steps=0
-    )
-    recipe = dataclasses.replace(recipe, stages=(stage,))
-    model = stirred_model(recipe)
-    batches = StageBatches(recipe, 1, stage_data(recipe, 1), machine.device)
-    return Setting(recipe=recipe, stage=stage, batches=batches, model=model.to(machine.device))
-
-
-def checked_error(at: Setting, machine: Machine, loss: Callable[[SceneBatch], torch.Tensor]) -> float:
-    """Return the relative error of a way's loss, without dropout, against float64 on the first rows."""
-    rows = at.batches.rows.rows(torch.arange(CHECKED_ROWS, device=machine.device))
-    exact = {n: x.double() if x.is_floating_point() else x for n, x in vars(rows).items()}
-    model = Perceiver(at.recipe.model, seed=0).to(machine.device).double()
-    model.load_state_dict(at.model.state_dict())
-    reference = Machine(device=machine.device, precision="fp32", impl="eager", threads=machine.threads)
-    weight = at.stage.endpoint_weight
-    with torch.no_grad():
-        truth = predict_and_compare(model, SceneBatch(**exact), at.recipe, reference, endpoint_weight=weight)[1].total
-        return float((loss(rows).double() - truth).abs() / truth.abs())
-
-
-def our_way(at: Setting, machine: Machine, *, graph: bool) -> tuple[Callable[[], object], Callable]:
-    """Return one step of ours, and its loss without dropout."""
-    optimizer = build_optimizer(at.model, at.recipe.optim)
-    updates = StageUpdates(
-        at.model, optimizer, at.batches, stage=at.stage, recipe=at.recipe, machine=machine, graph=graph
-    )
-    steps = itertools.count(1)
-
-    def loss(rows: SceneBatch) -> torch.Tensor:
-        weight = at.stage.endpoint_weight
-        return predict_and_compare(at.model, rows, at.recipe, machine, endpoint_weight=weight)[1].total
-
-    return lambda: updates(next(steps)), loss
-
-
-def plain_way(
-    at: Setting, machine: Machine, *, compiled: Mapping[str, Any] | None = None, deterministic: bool = False
-) -> tuple[Callable[[], object], Callable]:
-    """Return one step in plain PyTorch, under torch.compile where options for it are given, and its loss.
-
-    Of the backends of SDPA that take a mask, only MATH is deterministic.
-    """
-    model = PlainPerceiver(at.model, at.recipe.model.dropout)
-    compute = plain_loss(at.recipe, at.stage)
-    fast = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    backends = [SDPBackend.MATH] if deterministic else [*fast, SDPBackend.MATH]
-
-    def total(rows: SceneBatch) -> torch.Tensor:
-        with machine.autocast(), sdpa_kernel(backends):
-            predicted = model(rows)
-        return compute(*predicted, rows.gt_BM23, rows.gt_count_B)
-
-    trained = total if compiled is None else torch.compile(total, dynamic=False, **compiled)
-    optimizer = build_optimizer(at.model, at.recipe.optim)
-    for group in optimizer.param_groups:
-        group["lr"].fill_(at.stage.lr) if isinstance(group["lr"], torch.Tensor) else group.update(lr=at.stage.lr)
-    steps = itertools.count(1)
-
-    def one_step() -> None:
-        step = next(steps)
-        rows = augment(at.batches.at(step), at.recipe.augment, seed=at.recipe.seed, step=step)
-        loss = trained(rows)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(at.model.parameters(), at.recipe.optim.clip)
-        optimizer.step()
-
-    def loss(rows: SceneBatch) -> torch.Tensor:
-        model.eval()
-        try:
-            return total(rows)
-        finally:
-            model.train()
-
-    return one_step, loss
-
-
-def build_way(way: str, shape: tuple[int, int], recipe: Recipe | None = None):
-    """Put the process into the way's state and return the setting, its machine, one step and its loss."""
-    machine = enter(threads=2, precision="bf16", impl="auto")
-    if way.startswith(OURS):
-        products.SIDE_STREAM = not way.endswith("one stream")
-        at = setting(shape, machine, recipe)
-        return at, machine, *our_way(at, machine, graph=not way.endswith("launch by launch"))
-    deterministic = way.endswith("deterministic")
-    if not deterministic:
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.deterministic = False
-        torch.set_float32_matmul_precision("high")
-    options: dict[str, Any] | None = None
-    if way.startswith("torch.compile"):
-        options = {"mode": "max-autotune"} if way.endswith("max-autotune") else {}
-        if deterministic:
-            options = {"options": {"deterministic": True}}
-    at = setting(shape, machine, recipe)
-    return at, machine, *plain_way(at, machine, compiled=options, deterministic=deterministic)
+def _tries_out(way: str) -> bool:
+    return "max-autotune" in way
 
 
 def warm_up(one_step: Callable[[], object], device: torch.device) -> dict[str, Any]:
@@ -237,7 +106,8 @@ def profile(one_step: Callable[[], object]) -> dict[str, Any]:
 
 
 def _work(way: str, shape: str) -> int:
-    """Be a worker: prepare, wait for the turn, note what was measured; of ours also a profile."""
+    """Be a worker: prepare, wait for the turn, note what was measured; of ours, after all others, also a profile."""
+    end_with_parent()
     at, machine, one_step, loss = build_way(way, SHAPES[shape])
     case = _case(way, shape)
     error = checked_error(at, machine, loss)
@@ -246,40 +116,61 @@ def _work(way: str, shape: str) -> int:
         return 1
     # from the first step on: what a replay of a graph uses belongs to the graph and does not count as allocated
     torch.cuda.reset_peak_memory_stats()
-    first = warm_up(one_step, machine.device)
-    peak_mb = round(torch.cuda.max_memory_allocated() / 1e6)
+    case |= warm_up(one_step, machine.device)
+    case |= {"peak_mb": round(torch.cuda.max_memory_allocated() / 1e6), "precision": machine.precision}
+    case |= {"error": f"{error:.1e}", **_compiled_notes(way)}
     torch.cuda.empty_cache()
+    note(case={**case, "refused": "prepared, but had no turn"})
     wait_for_turn()
-    times = time_steps(one_step, machine.device)
-    note(case={**case, **times, **first, "peak_mb": peak_mb, "precision": machine.precision, "error": f"{error:.1e}"})
+    note(case=case | time_steps(one_step, machine.device))
     if way == OURS:
+        wait_for_turn()
         note(profile={shape: profile(one_step)})
     return 0
 
 
+def _compiled_notes(way: str) -> dict[str, int]:
+    """How many graphs torch.compile made of the step, and how many it could not record as a CUDA graph."""
+    if not way.startswith(COMPILED):
+        return {}
+    from torch._dynamo.utils import counters
+
+    skips = counters["inductor"]["cudagraph_skips"]
+    return {"graphs": counters["stats"]["unique_graphs"], "cudagraph_skips": skips}
+
+
 def time_ways(
-    ways: list[str], shapes: list[str], sheet: Sheet, *, seconds: float, prepare: float, at_once: int
+    ways: Sequence[str],
+    shapes: Sequence[str],
+    sheet: Sheet,
+    *,
+    at_once: int,
+    seconds: float = math.inf,
+    prepare: float = math.inf,
 ) -> None:
     """Time each way at each shape in a process of its own, keeping the sheet up to date."""
+    cases: dict[str, dict[str, Any]] = {}
     content = sheet.content
     content |= {"cases": [], "profiles": {}, "errors": []}
     sheet.write()
-    environment = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE, **COMPILER}
     module = [sys.executable, "-m", "bench.gpu_step", "--worker"]
-    both = {f"{way}, {shape}": (way, shape) for way in ways for shape in shapes}
+    both = {f"{way}, {shape}": (way, shape) for way, shape in asked_for(ways, shapes)}
     with Workers(seconds=seconds, at_once=at_once, prepare=prepare) as workers:
         for name, (way, shape) in both.items():
-            workers.start(name, [*module, way, "--shapes", shape], environment, turn_s=SHARE * seconds)
+            threads = {"TORCHINDUCTOR_COMPILE_THREADS": _COMPILER_THREADS[_tries_out(way)]}
+            environment = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE, **threads}
+            workers.start(name, [*module, way, "--shapes", shape], environment, share=SHARE)
         for name, heard in workers:
             if not isinstance(heard, Ended):
-                content["cases"] += [heard["case"]] if "case" in heard else []
+                cases |= {name: heard["case"]} if "case" in heard else {}
                 content["profiles"] |= heard.get("profile", {})
             elif heard.code != 0:
                 how = "cut by the clock" if heard.code is None else f"exit {heard.code}"
                 content["errors"].append(f"{name}: {how}: {heard.tail[-600:]}")
-                case = _case(*both[name])
-                if case["name"] not in [c["name"] for c in content["cases"] if c["group"] == case["group"]]:
-                    content["cases"].append({**case, "refused": how})
+                case = cases.setdefault(name, _case(*both[name]))
+                if not {"median_s", "red"} & set(case):
+                    case["refused"] = how
+            content["cases"] = list(cases.values())
             sheet.write()
 
 
@@ -288,31 +179,29 @@ def _case(way: str, shape: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run the part; exit code 0 only if ours was timed at every shape."""
+    """Run the part; exit code 0 only if ours was timed at every shape, or all that was asked for without ours."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_step")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=110.0, help="for timing")
-    parser.add_argument("--prepare", type=float, default=300.0, help="seconds for compiling and checking before that")
-    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), metavar="WAY")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for timing, at most")
+    parser.add_argument("--prepare", type=float, default=math.inf, help="seconds for compiling before that, at most")
+    usual = [way for way in WAYS if way != UNBOUNDED]
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=usual, metavar="WAY", help="; ".join(WAYS))
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--processes", type=int, default=min(_PROCESSES, os.cpu_count() or 1))
+    parser.add_argument("--processes", type=int, default=_PROCESSES)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return _work(options.worker, *options.shapes)
     end_on_sigterm()
+    end_with_parent()
     sheet = Sheet(options.out)
-    time_ways(
-        options.ways,
-        options.shapes,
-        sheet,
-        seconds=options.seconds,
-        prepare=options.prepare,
-        at_once=options.processes,
-    )
-    cases = sheet.content["cases"]
-    print(f"{sum('median_s' in case for case in cases)} of {len(options.ways) * len(options.shapes)} steps timed")
-    return int(sum(case["peer"] == OURS and "median_s" in case for case in cases) < len(options.shapes))
+    limits = {"seconds": options.seconds, "prepare": options.prepare}
+    time_ways(options.ways, options.shapes, sheet, at_once=options.processes, **limits)
+    timed = [(case["peer"], case["group"]) for case in sheet.content["cases"] if "median_s" in case]
+    asked = asked_for(options.ways, options.shapes)
+    print(f"{len(timed)} of {len(asked)} steps timed")
+    needed = [pair for pair in asked if pair[0] == OURS or OURS not in options.ways]
+    return int(any((way, f"training step, {shape}") not in timed for way, shape in needed))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ is called crashed. Each worker is pytest with this module as a plugin, which han
 
 import argparse
 import collections
+import math
 import os
 import re
 import sys
@@ -15,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from bench.gpu_process import Ended, Line, Sheet, Workers, end_on_sigterm, note, share
+from bench.gpu_process import Ended, Line, Sheet, Workers, at_most_every, end_on_sigterm, end_with_parent, note, share
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 # beside those of the operators
 MORE = ("accuracy", "fused", "graph", "products", "trace")
 SHARD, DONE = "RIDGELINE_SHARD", "RIDGELINE_DONE"
+_WRITE_EVERY_S = 2.0
 _RESTARTS, _FAILURES, _MESSAGE_LINES, _LINE_WIDTH = 4, 60, 4, 200
 # after one of these every later CUDA call of the process fails
 _STICKY = re.compile(
@@ -80,11 +82,20 @@ class Outcomes:
         }
 
 
-def run_tests(files: list[str], sheet: Sheet, *, seconds: float, processes: int) -> Outcomes:
+def run_tests(files: list[str], sheet: Sheet, *, processes: int, seconds: float = math.inf) -> Outcomes:
     """Run test files in shards, keeping the sheet up to date."""
     outcomes, restarts = Outcomes(), collections.Counter()
     shards: dict[str, set[str]] = {f"{i}/{processes}": set() for i in range(processes)}
-    with tempfile.TemporaryDirectory() as scratch, Workers(seconds=seconds, at_once=processes) as workers:
+
+    def write() -> None:
+        sheet.content |= outcomes.table()
+        sheet.write()
+
+    write_often = at_most_every(_WRITE_EVERY_S, write)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Workers(seconds=seconds, at_once=processes, meanwhile=write_often) as workers,
+    ):
 
         def start(shard: str) -> None:
             done = Path(scratch) / shard.replace("/", "-")
@@ -93,20 +104,21 @@ def run_tests(files: list[str], sheet: Sheet, *, seconds: float, processes: int)
 
         for shard in shards:
             start(shard)
-        for shard, heard in workers:
-            if not isinstance(heard, Ended):
-                shards[shard] |= set(heard.get("selected", ()))
-                outcomes.hear(heard)
-                continue
-            if heard.code not in (0, 1, 5, None):
-                how = f"the process ended with {heard.code}"
-                outcomes.crash(shards[shard], how)
-                sheet.content.setdefault("errors", []).append(f"{how}: {heard.tail[-600:]}")
-                if shards[shard] - set(outcomes.of) and restarts[shard] < _RESTARTS:
-                    restarts[shard] += 1
-                    start(shard)
-            sheet.content |= outcomes.table()
-            sheet.write()
+        try:
+            for shard, heard in workers:
+                if not isinstance(heard, Ended):
+                    shards[shard] |= set(heard.get("selected", ()))
+                    outcomes.hear(heard)
+                elif heard.code not in (0, 1, 5, None):
+                    how = f"the process ended with {heard.code}"
+                    outcomes.crash(shards[shard], how)
+                    sheet.content.setdefault("errors", []).append(f"{how}: {heard.tail[-600:]}")
+                    if shards[shard] - set(outcomes.of) and restarts[shard] < _RESTARTS:
+                        restarts[shard] += 1
+                        start(shard)
+        finally:
+            # also when this process is told to end
+            write()
     return outcomes
 
 
@@ -114,6 +126,12 @@ def _pytest(files: list[str]) -> list[str]:
     plugins = ["-p", "bench.gpu_tests", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
     quiet = ["-q", "--no-header", "--tb=short", "--continue-on-collection-errors"]
     return [sys.executable, "-m", "pytest", *plugins, *quiet, f"--rootdir={TESTS.parent}", *files]
+
+
+def pytest_configure(config):
+    """Do not outlive the process that started this shard."""
+    if SHARD in os.environ:
+        end_with_parent()
 
 
 @pytest.hookimpl(trylast=True)
@@ -159,10 +177,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_tests")
     parser.add_argument("files", nargs="*", default=operator_tests())
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--processes", type=int, default=min(10, os.cpu_count() or 1))
     options = parser.parse_args()
     end_on_sigterm()
+    end_with_parent()
     sheet = Sheet(options.out)
     run_tests(options.files, sheet, seconds=options.seconds, processes=options.processes)
     counts = sheet.content["counts"]

@@ -15,7 +15,16 @@ import torch
 
 from bench.gpu_cases import Tensors, attention_inputs
 from bench.gpu_clock import measure
-from bench.gpu_process import Sheet, end_on_sigterm, note, share, side_by_side, wait_for_turn
+from bench.gpu_process import (
+    Sheet,
+    end_on_sigterm,
+    end_with_parent,
+    note,
+    seconds_to_prepare,
+    share,
+    side_by_side,
+    wait_for_turn,
+)
 from bench.gpu_rows import ATTENTION, BF16_TOLERANCE
 from kernels import attention_backward, attention_forward, attention_tile
 from kernels.attention import gqa_attention
@@ -153,14 +162,15 @@ def main() -> int:
     """Run the part."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_tiles")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=120.0, help="for timing")
-    parser.add_argument("--prepare", type=float, default=120.0, help="seconds for compiling before that")
+    parser.add_argument("--prepare", type=float, default=120.0, help="seconds for compiling, at most")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
+        end_with_parent()
         return _compile(options.worker)
     end_on_sigterm()
-    compile_ahead(options.prepare, min(12, os.cpu_count() or 1))
+    end_with_parent()
+    compile_ahead(seconds_to_prepare(options.prepare), min(12, os.cpu_count() or 1))
     sheet = Sheet(options.out)
     wait_for_turn()
     time_tiles(sheet, torch.device("cuda"))

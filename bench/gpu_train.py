@@ -7,12 +7,13 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, note
+from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, end_with_parent, note
 from perceiver.score import require_scorer
 from train.config import Recipe, load_recipe
 from train.determinism import CUBLAS_WORKSPACE
@@ -77,7 +78,7 @@ def main() -> int:
     """Run the part; exit code 0 only if both runs came to their end with the same bits."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_train")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--steps", type=int, default=600, help="updates of each stage")
     parser.add_argument("--scenes", type=int, default=512)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -85,11 +86,13 @@ def main() -> int:
     if options.worker:
         from train.loop import run
 
+        end_with_parent()
         recipe = short_recipe(options.steps, options.scenes, score=_can_score())
         run(recipe, options.worker, progress=False, say=print)
         note(**summarize(Path(options.worker)))
         return 0
     end_on_sigterm()
+    end_with_parent()
     sheet = Sheet(options.out, steps=options.steps, same_bits=None, runs=[], errors=[])
     content = sheet.content
     command = [sys.executable, "-m", "bench.gpu_train", "--steps", str(options.steps), "--scenes", str(options.scenes)]

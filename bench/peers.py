@@ -244,10 +244,11 @@ def _norm(x: Tensor) -> Tensor:
 def attention_peers() -> list[Peer]:
     """What PyTorch offers for the result of `gqa_attention`, normalisations included."""
     einsum = Peer(name="einsum", solve=_einsum)
+    grouped = Peer(name="sdpa, grouped", solve=functools.partial(_sdpa, expand=False))
     peers = [
         einsum,
         with_compile(einsum),
-        Peer(name="sdpa, grouped", solve=functools.partial(_sdpa, expand=False)),
+        grouped,
         Peer(name="sdpa, expanded", solve=_sdpa),
         Peer(name="flex", solve=_flex, compiled=True),
     ]
@@ -258,9 +259,9 @@ def attention_peers() -> list[Peer]:
         Peer(name=f"sdpa, expanded, {name}", solve=functools.partial(_sdpa, backend=getattr(SDPBackend, name)))
         for name in backends
     ]
-    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    pinned = Peer(name="flex, pinned", solve=functools.partial(_flex, **tile), compiled=True)
-    return [*peers, *forced, pinned, *map(with_graph, (einsum, peers[3], forced[1], peers[4]))]
+    # as a model has them: the normalisations belong to what is compiled
+    whole = [Peer(name="flex, normalisation compiled", solve=_flex_whole, compiled=True), with_compile(grouped)]
+    return [*peers, *forced, *whole, *map(with_graph, (einsum, peers[3], forced[1], peers[4]))]
 
 
 def _einsum(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS) -> Tensor:
@@ -287,12 +288,15 @@ def _sdpa(
         )
 
 
-def _flex(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS, **kernel_options: int) -> Tensor:
-    B, _, T, _ = q_BHTD.shape
-    blocks = None if key_count_B is None else _flex_blocks(key_count_B, B, T, k_BGSD.shape[2])
+def _flex(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS) -> Tensor:
+    blocks = _flex_mask(q_BHTD, k_BGSD, key_count_B)
     q_BHTD, k_BGSD = _unit(q_BHTD, k_BGSD, log_scale_H)
-    options = {"scale": 1.0, "enable_gqa": True, "kernel_options": kernel_options or None}
-    return _flex_compiled()(q_BHTD, k_BGSD, v_BGSD, block_mask=blocks, **options)
+    return _flex_compiled()(q_BHTD, k_BGSD, v_BGSD, block_mask=blocks, scale=1.0, enable_gqa=True)
+
+
+def _flex_whole(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS) -> Tensor:
+    blocks = _flex_mask(q_BHTD, k_BGSD, key_count_B)
+    return _flex_whole_compiled()(q_BHTD, k_BGSD, v_BGSD, log_scale_H, blocks)
 
 
 @functools.cache
@@ -300,6 +304,22 @@ def _flex_compiled() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+
+@functools.cache
+def _flex_whole_compiled() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attend(q_BHTD, k_BGSD, v_BGSD, log_scale_H, blocks):
+        q_BHTD, k_BGSD = _unit(q_BHTD, k_BGSD, log_scale_H)
+        return flex_attention(q_BHTD, k_BGSD, v_BGSD, block_mask=blocks, scale=1.0, enable_gqa=True)
+
+    return torch.compile(attend, fullgraph=True, dynamic=False)
+
+
+def _flex_mask(q_BHTD: Tensor, k_BGSD: Tensor, key_count_B: Tensor | None):
+    B, _, T, _ = q_BHTD.shape
+    return None if key_count_B is None else _flex_blocks(key_count_B, B, T, k_BGSD.shape[2])
 
 
 @functools.cache

@@ -1,8 +1,9 @@
-"""The GPU suite without a GPU: its clocks, its processes and its judgements, on parts made for it."""
+"""The GPU suite without a GPU: its parts and its judgements, on parts made for it."""
 
 import dataclasses
 import json
-import os
+import math
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,107 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_process, gpu_repeats, gpu_speed, gpu_step, gpu_targets, gpu_tests
-from bench.gpu_process import Ended, Sheet, Workers
+from bench import gpu, gpu_gathered, gpu_process, gpu_repeats, gpu_speed, gpu_step, gpu_targets, gpu_tests, results
+from bench.gpu_process import Sheet
+
+ROOT = Path(gpu.__file__).parent.parent
 
 
 def script(text: str) -> list[str]:
     return [sys.executable, "-c", text]
-
-
-def hear(commands: dict[str, list[str]], seconds: float, at_once: int = 4) -> tuple[list, dict[str, Ended]]:
-    """All lines in the order of their arrival, and how each command ended."""
-    lines, ends = [], {}
-    with Workers(seconds=seconds, at_once=at_once) as workers:
-        for name, command in commands.items():
-            workers.start(name, command)
-        for name, heard in workers:
-            if isinstance(heard, Ended):
-                ends[name] = heard
-            else:
-                lines.append((name, heard))
-    return lines, ends
-
-
-NOTE = "from bench.gpu_process import note; "
-
-
-def test_workers_are_heard_line_by_line_and_end_with_their_code():
-    failing = script(NOTE + "note(value=1); note(value=2); print('the reason'); raise SystemExit(7)")
-    lines, ends = hear({"a": failing, "b": script("pass")}, seconds=60)
-    assert lines == [("a", {"value": 1}), ("a", {"value": 2})]
-    assert ends == {"a": Ended(code=7, tail="the reason"), "b": Ended(code=0, tail="")}
-
-
-def test_a_hanging_worker_is_cut_with_its_children_and_keeps_its_lines(tmp_path):
-    sleeper = f"import time; time.sleep(60)  # {tmp_path}"
-    child = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', '{sleeper}']); "
-    started = time.monotonic()
-    lines, ends = hear({"a": script(NOTE + child + "note(found=3); time.sleep(60)")}, seconds=3)
-    assert time.monotonic() - started < 20
-    assert lines == [("a", {"found": 3})] and ends["a"].code is None
-    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
-    assert not any(str(tmp_path).encode() in command for command in commands)
-
-
-def test_workers_that_there_was_no_time_to_start_are_named():
-    _, ends = hear({"a": script("import time; time.sleep(60)"), "b": script("pass")}, seconds=0.5, at_once=1)
-    assert [end.code for end in ends.values()] == [None, None] and "no time" in ends["b"].tail
-
-
-TURNS = NOTE + "from bench.gpu_process import wait_for_turn; import time; "
-
-
-def hear_turns(workers: Workers) -> list[str]:
-    return [f"{name} {'ends' if isinstance(heard, Ended) else heard['does']}" for name, heard in workers]
-
-
-def test_what_is_timed_has_the_machine_for_itself_once_all_are_prepared():
-    timing = script(TURNS + "wait_for_turn(); note(does='begins'); time.sleep(0.3); note(does='is done')")
-    with Workers(seconds=60, at_once=2) as workers:
-        for name in ("a", "b", "c"):
-            workers.start(name, timing)
-        workers.start("checks", script(TURNS + "time.sleep(1); note(does='checked')"))
-        told = hear_turns(workers)
-    assert told[:2] == ["checks checked", "checks ends"]
-    assert told[2:] == [f"{name} {does}" for name in "abc" for does in ("begins", "is done", "ends")]
-
-
-def test_what_is_not_prepared_in_time_is_cut_and_so_is_a_turn_that_takes_too_long():
-    timing = TURNS + "wait_for_turn(); note(does='begins')"
-    with Workers(seconds=60, at_once=8, prepare=3) as workers:
-        workers.start("slow to prepare", script(TURNS + "time.sleep(60)"))
-        workers.start("slow", script(timing + "; time.sleep(60)"), turn_s=1)
-        workers.start("quick", script(timing))
-        told = hear_turns(workers)
-    assert told == ["slow to prepare ends", "slow begins", "slow ends", "quick begins", "quick ends"]
-
-
-def test_a_part_whose_workers_are_prepared_waits_for_its_own_turn(tmp_path):
-    inner = tmp_path / "part.py"
-    inner.write_text(
-        f"""
-import sys
-from bench.gpu_process import Ended, Workers, note
-with Workers(seconds=60, at_once=2) as workers:
-    for name in "12":
-        workers.start(name, [sys.executable, "-c", {TURNS + "wait_for_turn(); note(does='times')"!r}])
-    for name, heard in workers:
-        if not isinstance(heard, Ended):
-            note(does=f"{{name}} {{heard['does']}}")
-"""
-    )
-    with Workers(seconds=60, at_once=4) as workers:
-        for name in ("first", "second"):
-            workers.start(name, [sys.executable, str(inner)], {"PYTHONPATH": str(Path(gpu.__file__).parent.parent)})
-        workers.start("checks", script(TURNS + "time.sleep(2); note(does='checked')"))
-        told = hear_turns(workers)
-    each = ["1 times", "2 times", "ends"]
-    assert told == [
-        "checks checked",
-        "checks ends",
-        *(f"{name} {does}" for name in ("first", "second") for does in each),
-    ]
 
 
 PART = """
@@ -122,18 +30,16 @@ out.write_text(json.dumps({"cases": [{"suite": "s", "group": "g", "name": out.st
 """
 
 
-def run_planted(parts: dict[str, gpu.Part], out: Path, monkeypatch, scale: float = 1.0) -> tuple[int, dict]:
-    monkeypatch.setattr(gpu, "PARTS", parts)
-    red = gpu.run_parts(parts, out, "device", {"gpu": "none"}, scale)
+def run_planted(parts: dict[str, gpu.Part], out: Path, prepare: float = 30.0) -> tuple[int, dict]:
+    red = gpu.run_parts(parts, out / "device.json", out / "parts", {"gpu": "none"}, prepare=prepare)
     return red, json.loads((out / "device.json").read_text())
 
 
-def test_a_part_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch, capsys):
+def test_a_part_that_fails_or_hangs_loses_nothing_else(tmp_path, capsys):
     endings = {"fails": "raise SystemExit(3)", "hangs": "time.sleep(60)", "works": "wait_for_turn(); print('all well')"}
     parts = {n: gpu.Part(command=tuple(script(PART + end))) for n, end in endings.items()}
     parts["works"] = dataclasses.replace(parts["works"], alone_s=20)
-    monkeypatch.setattr(gpu, "PREPARE_S", 5.0)
-    red, summary = run_planted(parts, tmp_path, monkeypatch)
+    red, summary = run_planted(parts, tmp_path, prepare=5.0)
     assert red == 2
     assert [case["name"] for case in summary["cases"]] == ["fails", "hangs", "works"]
     assert {n: part["ended"] for n, part in summary["parts"].items()} == {
@@ -141,19 +47,107 @@ def test_a_part_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch, ca
         "hangs": "cut by the clock",
         "works": "green",
     }
-    assert (
-        "works: green" in (printed := capsys.readouterr().out) and "all well" in printed and "not measured" in printed
-    )
+    assert "works: green" in (printed := capsys.readouterr().out) and "all well" in printed
+    assert "not measured" in gpu_targets.format_table(summary["targets"])
 
 
-def test_a_part_is_told_to_end_a_little_before_it_is_made_to(tmp_path, monkeypatch):
-    case = "{'suite': 's', 'group': 'g', 'name': out.stem, 'told': sys.argv[3:]}"
-    tell = f"out.write_text(json.dumps({{'cases': [{case}]}}))"
+def test_a_part_is_told_to_end_before_it_is_made_to(tmp_path):
+    tell = """
+import math, os
+from bench.gpu_process import ENDS_BY, PREPARED_BY
+told = {name: float(os.environ[name]) - time.monotonic() for name in (ENDS_BY, PREPARED_BY)}
+told |= {"turn": wait_for_turn() - time.monotonic()} if told[PREPARED_BY] < math.inf else {}
+out.write_text(json.dumps({"cases": [{"suite": "s", "group": "g", "name": out.stem, **told}]}))
+"""
     parts = {n: gpu.Part(command=tuple(script(PART + tell)), alone_s=alone) for n, alone in (("one", 0), ("two", 30))}
-    monkeypatch.setattr(gpu, "PREPARE_S", 50.0)
-    _, summary = run_planted(parts, tmp_path, monkeypatch, scale=2.0)
-    one, two = (case["told"] for case in summary["cases"])
-    assert one == ["--seconds", "95.0"] and two == ["--seconds", "55.0", "--prepare", "55.0"]
+    _, summary = run_planted(parts, tmp_path, prepare=50.0)
+    one, two = summary["cases"]
+    assert 40 < one[gpu_process.ENDS_BY] <= 50 and one[gpu_process.PREPARED_BY] == math.inf
+    assert 40 < two[gpu_process.PREPARED_BY] <= 50 and two[gpu_process.ENDS_BY] == math.inf
+    assert 28 < two["turn"] <= 30
+
+
+def test_one_file_holds_what_all_parts_found_while_they_still_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_GATHER_EVERY_S", 0.2)
+    tell = """
+case = {"suite": "step", "group": "g", "name": "n", "peer": "p"}
+out.write_text(json.dumps({"cases": [case], "profiles": {"s": {"launches": 3}}, "errors": ["why"]}))
+time.sleep(60)
+"""
+    running = tmp_path / "device.json"
+    seen = []
+
+    def look() -> None:
+        seen.append(json.loads(running.read_text()) if running.exists() else {})
+        if seen[-1].get("profiles"):
+            raise KeyboardInterrupt
+
+    gather = gpu._gather
+    monkeypatch.setattr(gpu, "_gather", lambda *arguments: (gather(*arguments), look()))
+    with pytest.raises(KeyboardInterrupt):
+        run_planted({"step": gpu.Part(command=tuple(script(PART + tell)), alone_s=20)}, tmp_path)
+    assert seen[-1]["profiles"] == {"s": {"launches": 3}} and seen[-1]["details"] == {"step": {"errors": ["why"]}}
+    assert [case["name"] for case in seen[-1]["cases"]] == ["n"] and seen[-1]["parts"] == {}
+
+
+def test_told_to_end_the_suite_gathers_what_its_parts_wrote_while_they_ended(tmp_path):
+    part = f"""{PART}
+from bench.gpu_process import end_on_sigterm
+end_on_sigterm()
+text = out.read_text()
+try:
+    out.with_suffix(".runs").touch()
+    time.sleep(60)
+finally:
+    out.write_text(text.replace('"g"', '"the last group"'))
+"""
+    suite = f"""
+import sys
+from pathlib import Path
+from bench import gpu
+gpu.end_on_sigterm()
+parts = {{"one": gpu.Part(command=(sys.executable, "-c", {part!r}))}}
+out = Path({str(tmp_path)!r})
+gpu.run_parts(parts, out / "device.json", out / "parts", {{}}, prepare=60)
+"""
+    with subprocess.Popen(script(suite), cwd=ROOT) as process:
+        end = time.monotonic() + 60
+        while not (tmp_path / "parts" / "one.runs").exists():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(timeout=20) == 143
+    assert [case["group"] for case in json.loads((tmp_path / "device.json").read_text())["cases"]] == ["the last group"]
+
+
+def test_a_fault_in_gathering_ends_no_part(tmp_path, capsys):
+    tell = "out.write_text('[1]'); print('all well')"
+    red, summary = run_planted({"one": gpu.Part(command=tuple(script(PART + tell)))}, tmp_path)
+    assert red == 0 and summary["cases"] == []
+    assert "gathering: " in (printed := capsys.readouterr().out) and "one: green" in printed
+
+
+def test_less_time_shortens_what_is_prepared_and_no_turn(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(results, "default_name", lambda: "device")
+    monkeypatch.setattr(results, "installed_versions", dict)
+    monkeypatch.setattr(gpu, "end_on_sigterm", lambda: None)
+    seen = {}
+
+    def run(parts, into, folder, machine, *, prepare):
+        seen.update(prepare=prepare, alone={part: parts[part].alone_s for part in parts}, folder=folder)
+        Sheet(into, targets=gpu_targets.compare({}))
+        return 0
+
+    monkeypatch.setattr(gpu, "run_parts", run)
+    turns = {"step": 60, "matching": 15}
+    for seconds in (300.0, 400.0):
+        assert gpu.main(["--out", str(tmp_path), "--only", *turns, "--seconds", str(seconds)]) == 0
+        assert seen["alone"] == turns
+        assert seen["prepare"] == pytest.approx(seconds - sum(turns.values()) - gpu.CUT_S, abs=10)
+    assert seen["folder"] == tmp_path / "parts" and (tmp_path / "device.json").exists()
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--only", *turns, "--seconds", "100"])
 
 
 def test_without_a_gpu_the_suite_says_so_and_exits_2(monkeypatch, capsys, tmp_path):
@@ -164,7 +158,8 @@ def test_without_a_gpu_the_suite_says_so_and_exits_2(monkeypatch, capsys, tmp_pa
 
 def test_the_parts_that_run_unasked_take_nine_minutes_at_most():
     unasked = [part for part in gpu.PARTS.values() if part.unasked]
-    assert gpu.PREPARE_S + sum(part.alone_s for part in unasked) <= 540
+    assert gpu.TOTAL_S <= 540 - 15
+    assert gpu.TOTAL_S - gpu.CUT_S - sum(part.alone_s for part in unasked) > 300
 
 
 def row(group: str, peer: str, **clocks: float) -> dict:
@@ -174,12 +169,12 @@ def row(group: str, peer: str, **clocks: float) -> dict:
 def test_the_table_says_what_was_promised_measured_and_met():
     match = "match_segments, 64x64, detached, forward and backward"
     cross = "attention, cross 256x2048, forward and backward"
-    results = {
+    found = {
         "tests": {"counts": {"passed": 7, "skipped": 2, "crashed": 1, "unfinished": 2}},
         "matching": {
             "cases": [
-                row(match, "ridgeline", median_s=20e-6, wall_median_s=1e-4),
-                row(match, "log domain", median_s=1.0, wall_median_s=3e-3),
+                row(match, "ridgeline", median_s=20e-6, wall_median_s=1e-4, wall_one_thread_median_s=5e-5),
+                row(match, "log domain", median_s=1.0, wall_median_s=3e-3, wall_one_thread_median_s=2.5e-3),
             ]
         },
         "attention": {"cases": [row(cross, "ridgeline", median_s=4e-4), row(cross, "flex", median_s=6e-4)]},
@@ -190,12 +185,14 @@ def test_the_table_says_what_was_promised_measured_and_met():
             ]
         },
     }
-    rows = {line["name"]: line for line in gpu_targets.compare(results)}
+    rows = {line["name"]: line for line in gpu_targets.compare(found)}
     assert rows["tests that fail"]["measured"] == 3 and not rows["tests that fail"]["met"]
-    found = rows["match_segments, B = 64, forward and backward"]
-    assert found["measured"] == pytest.approx(20) and found["ratio"] == pytest.approx(0.8) and found["met"]
+    match = rows["match_segments, B = 64, forward and backward"]
+    assert match["measured"] == pytest.approx(20) and match["ratio"] == pytest.approx(0.8) and match["met"]
     slow = rows["match_segments: eager log domain takes, wall time"]
     assert slow["measured"] == pytest.approx(30) and not slow["met"]
+    alone = rows["match_segments: eager log domain takes, wall time on one thread"]
+    assert alone["measured"] == pytest.approx(50) and alone["met"]
     assert not rows["cross-attention, 32 x 2048, forward and backward"]["met"]
     assert rows["attention, cross 256x2048, forward and backward: the fastest peer timed takes"][
         "measured"
@@ -234,6 +231,24 @@ def test_a_test_that_kills_its_process_is_named_and_the_others_run(tmp_path):
     assert "no_such_module" in " ".join(failures["import"]["message"])
 
 
+def test_tests_that_are_cut_keep_the_outcomes_of_those_that_ended(tmp_path):
+    planted = tmp_path / "test_planted.py"
+    planted.write_text("import time\ndef test_passes(): pass\ndef test_hangs(): time.sleep(100)\n")
+    out = tmp_path / "tests.json"
+    command = [sys.executable, "-m", "bench.gpu_tests", str(planted), "--out", str(out), "--processes", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 60
+        counts = {}
+        while counts != {"passed": 1, "unfinished": 1}:
+            assert time.monotonic() < end, counts
+            time.sleep(0.1)
+            counts = json.loads(out.read_text()).get("counts", {}) if out.exists() else {}
+        out.unlink()
+        process.terminate()
+        assert process.wait(timeout=20) == 143
+    assert json.loads(out.read_text())["counts"] == {"passed": 1, "unfinished": 1}
+
+
 def test_the_tests_of_every_operator_are_found():
     names = {Path(path).name for path in gpu_tests.operator_tests()}
     assert {
@@ -244,15 +259,6 @@ def test_the_tests_of_every_operator_are_found():
         "test_products.py",
         "test_trace.py",
     } <= names
-
-
-def test_a_sheet_is_whole_at_every_moment(tmp_path):
-    sheet = Sheet(tmp_path / "new" / "sheet.json", a=1)
-    sheet.content["b"] = object()
-    with pytest.raises(TypeError):
-        sheet.write()
-    assert json.loads(sheet.path.read_text()) == {"a": 1}
-    assert gpu_process.LINES not in os.environ
 
 
 def answer_as_workers(monkeypatch, folder: Path, answers: str) -> None:
@@ -289,14 +295,44 @@ def test_each_way_to_a_step_is_a_process_and_what_others_found_stays(tmp_path, m
 def test_each_compiled_row_is_a_process_and_rows_that_are_missing_say_why(tmp_path, monkeypatch):
     group = "match_segments, 64x64, detached, forward and backward"
     case = f'{{"case": {{"group": "{group}", "peer": "ridgeline", "median_s": 1}}}}'
-    answers = f"""case "$5" in plain) tell '{case}'; exit 4;; *) exit 5;; esac"""
+    answers = f"""case "$5" in ridgeline) tell '{case}'; exit 3;; plain) exit 4;; *) exit 5;; esac"""
     answer_as_workers(monkeypatch, tmp_path, answers)
     sheet = Sheet(tmp_path / "matching.json")
     gpu_speed.time_suite("matching", sheet, seconds=20, prepare=20, at_once=9)
     cases = json.loads(sheet.path.read_text())["cases"]
     assert cases[0] == {"group": group, "peer": "ridgeline", "median_s": 1}
-    ends = {case["peer"].endswith("torch.compile"): case["refused"] for case in cases[1:]}
-    assert ends[True].startswith("exit 5") and ends[False].startswith("exit 4")
+    ends = {(case["peer"] == "ridgeline", "compile" in case["peer"]): case["refused"][:6] for case in cases[1:]}
+    assert ends == {(True, False): "exit 3", (False, False): "exit 4", (False, True): "exit 5"}
+
+
+def test_a_sweep_that_dies_is_followed_by_one_that_goes_on_behind_it(tmp_path, monkeypatch):
+    line = '{"operator": "o", "case": "\'"$1"\'", "repeats": 5, "differing": 0, "alone_differs": [], "not_finite": []}'
+    answers = f"""sweep() {{ tell '{{"began": "o"}}'; tell '{line}'; }}
+    case "$*" in
+        *digests) exit 6;;
+        *0/1) sweep one; tell '{{"began": "o two"}}'; echo the reason; exit 3;;
+        *"0/1 --skip 2")
+            tell '{{"began": "o"}}'; tell '{{"operator": "o", "case": "three", "error": "E"}}'; sweep four;;
+    esac"""
+    answer_as_workers(monkeypatch, tmp_path, answers)
+    monkeypatch.setattr(gpu_repeats, "cases", lambda: ["one", "two", "three", "four"])
+    sheet = Sheet(tmp_path / "repeats.json")
+    gpu_repeats.run_sweeps(sheet, seconds=30, repeats=5, device="cpu", processes=1)
+    content = json.loads(sheet.path.read_text())
+    assert [line["case"] for line in content["swept"]] == ["one", "four"]
+    errors = {error.get("case", error.get("worker")): error for error in content["errors"]}
+    assert errors["three"]["error"] == "E" and errors["0/1"]["tail"] == "the reason" and errors["0/1"]["code"] == 3
+    assert not gpu_repeats.is_green(content)
+    told = gpu_gathered.gather({"repeats": content}, {"gpu": "none"})["checks"]["repeats"]
+    assert "o three: E" in told["errors"] and "0/1: exit 3" in told["errors"] and told["swept"] == 2
+
+
+def test_a_sweep_that_dies_before_its_first_configuration_is_not_started_again(tmp_path, monkeypatch):
+    answer_as_workers(monkeypatch, tmp_path, f"echo x >>{tmp_path}/starts; exit 3")
+    monkeypatch.setattr(gpu_repeats, "cases", lambda: ["one", "two"])
+    sheet = Sheet(tmp_path / "repeats.json")
+    gpu_repeats.run_sweeps(sheet, seconds=30, repeats=5, device="cpu", processes=2)
+    assert len((tmp_path / "starts").read_text()) == 2 * (2 + len(gpu_repeats.HASH_SEEDS))
 
 
 def test_the_sweep_is_green_only_when_everything_was_swept_and_agrees(tmp_path, monkeypatch):

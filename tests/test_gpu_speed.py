@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import json
+import sys
+import time
 
 import pytest
 import torch
 
-from bench import gpu_cases, gpu_repeats, gpu_rows, gpu_speed, gpu_tiles, gpu_train
+from bench import gpu_cases, gpu_clock, gpu_repeats, gpu_rows, gpu_speed, gpu_tiles, gpu_train
 from bench.gpu_cases import OperatorCase, attention_inputs, item
 from bench.gpu_repeats import cases
 from bench.gpu_step_peers import PlainPerceiver, plain_loss
@@ -34,6 +37,49 @@ def test_a_result_that_moves_once_is_counted():
 
     case = planted_case(solve)
     assert gpu_repeats.count_differing(case, case.make(3, CPU), repeats=6) == 1
+
+
+def test_the_load_has_ended_before_its_memory_is_given_to_others(monkeypatch):
+    told = []
+
+    class Recorded(gpu_repeats.Load):
+        def more(self):
+            told.append("more")
+
+        def end(self):
+            told.append("end")
+
+    def solve(tensors):
+        if told.count("more") == 3:
+            raise RuntimeError("planted")
+        return {"y_BT": tensors["x_BT"]}
+
+    monkeypatch.setattr(gpu_repeats, "Load", Recorded)
+    case = planted_case(solve)
+    gpu_repeats.count_differing(case, case.make(3, CPU), repeats=2)
+    assert told == ["more", "more", "end"]
+    with pytest.raises(RuntimeError, match="planted"):
+        gpu_repeats.count_differing(case, case.make(3, CPU), repeats=2)
+    assert told[-2:] == ["more", "end"]
+
+
+def test_an_error_in_one_configuration_is_noted_and_the_others_are_swept(monkeypatch, capsys):
+    def fails(tensors):
+        raise ValueError("planted")
+
+    def solve(tensors):
+        return {"y_BT": tensors["x_BT"]}
+
+    planted = [dataclasses.replace(planted_case(s), name=s.__name__, trained=True) for s in (solve, fails, solve)]
+    monkeypatch.setattr(gpu_repeats, "cases", lambda: planted)
+    monkeypatch.setattr(sys, "argv", ["gpu_repeats", "--device", "cpu", "--repeats", "2", "--worker", "0/1"])
+    monkeypatch.delenv("RIDGELINE_LINES", raising=False)
+    assert gpu_repeats.main() == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [line for line in lines if "began" not in line]
+    assert [line["case"] for line in found] == ["solve", "fails", "solve"]
+    assert found[1]["error"] == "ValueError: planted" and found[0]["differing"] == found[2]["differing"] == 0
+    assert list(gpu_repeats.digests(CPU)) == ["planted solve"]
 
 
 def test_the_sweep_sees_nan_and_items_that_depend_on_their_neighbours():
@@ -148,14 +194,62 @@ def test_only_right_results_have_a_time_and_every_row_says_why_not(monkeypatch):
     ]
     pairs = gpu_speed.ordered([doubled(peers), doubled(peers[:1], "planted, forward and backward")])
     assert [peer.name for _, peer in pairs] == [
-        "ridgeline", "wrong", "not a number", "moves", "refuses", "elsewhere", "compiled"
+        "ridgeline", "wrong", "not a number", "moves", "refuses", "compiled", "elsewhere"
     ]  # fmt: skip
-    rows = {case["name"]: case for case in gpu_speed.time_rows(pairs[:-1], CPU)}
+    rows = {case["name"]: case for case in gpu_speed.time_rows([pair for pair in pairs if not pair[1].compiled], CPU)}
     assert rows["ridgeline"]["median_s"] > 0 and rows["ridgeline"]["same_bits"]
     assert rows["moves"]["median_s"] > 0 and not rows["moves"]["same_bits"]
     for name in ("wrong", "not a number"):
         assert "median_s" not in rows[name] and "relative error" in rows[name]["red"]
     assert "the cause" in rows["refuses"]["refused"] and "not installed" in rows["elsewhere"]["refused"]
+
+
+def test_packages_and_what_is_compiled_have_workers_of_their_own_and_packages_come_last():
+    workers = list(
+        dict.fromkeys(
+            gpu_speed.worker_of(*pair) for pair in gpu_speed.ordered(gpu_rows.SUITES["sinkhorn"](torch.device("meta")))
+        )
+    )
+    assert workers[:2] == ["ridgeline", "plain"] and workers[-3:] == ["POT", "geomloss", "flash-sinkhorn"]
+    assert {peer.name for _, peer in gpu_speed.rows_of("sinkhorn", "POT", torch.device("meta"))} == {
+        "POT, log_sinkhorn",
+        "POT, sinkhorn",
+    }
+    compiled = workers[2:-3]
+    assert compiled and all(len(gpu_speed.rows_of("sinkhorn", w, torch.device("meta"))) == 1 for w in compiled)
+
+
+def test_rows_that_there_is_no_time_to_check_leave_the_others_their_turn(monkeypatch):
+    left = iter([100.0, 1.0, 0.0, -1.0])
+    monkeypatch.setattr(gpu_speed, "seconds_to_prepare", lambda: next(left))
+    peers = [Peer(name=name, solve=lambda x: 2 * x) for name in ("ridgeline", "b", "c", "d")]
+    problem, _ = doubled([])
+    rows = {case["name"]: case for case in gpu_speed.time_rows([(problem, peer) for peer in peers], CPU)}
+    assert rows["ridgeline"]["median_s"] > 0 and rows["b"]["median_s"] > 0
+    assert rows["c"]["refused"] == rows["d"]["refused"] == gpu_speed.NO_TIME
+
+
+def test_a_worker_of_one_row_builds_the_inputs_of_its_problem_only(monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        gpu_rows,
+        "attention_inputs",
+        lambda *size, **shape: built.append(shape) or attention_inputs(*size, **shape),
+    )
+    worker = "attention, decoder 64x256, forward and backward: flex"
+    ((problem, peer),) = gpu_speed.rows_of("attention", worker, torch.device("meta"))
+    assert f"{problem.group}: {peer.name}" == worker and built == [{"T": 64, "S": 256}]
+
+
+def test_slow_calls_are_timed_in_fewer_rounds():
+    assert gpu_clock.rounds_of(1e-5) == gpu_clock.rounds_of(0.1) == gpu_clock.ROUNDS
+    assert gpu_clock.rounds_of(0.2) == 7 and gpu_clock.rounds_of(5.0) == 3
+
+
+def test_wall_time_is_that_of_a_warm_call():
+    waits = iter([0.05] * gpu_clock.WARM_UP + [0.0] * 100)
+    timed = gpu_clock.measure(lambda: [time.sleep(next(waits)) or torch.zeros(1)], CPU)
+    assert timed["median_s"] < 0.01 and timed["iqr_s"] < 0.01
 
 
 @pytest.mark.parametrize("suite", gpu_rows.SUITES)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from perceiver import products
 from perceiver.model import Perceiver
@@ -66,6 +67,21 @@ def test_they_are_the_updates_of_a_step(recipe, machine, device):
 def test_a_graph_changes_no_bit(recipe, machine, device):
     machine = machine(device)
     assert _by_stage_updates(recipe, machine, graph=True) == _by_stage_updates(recipe, machine, graph=False)
+
+
+@pytest.mark.gpu
+# said once by the mode that the test needs
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
+def test_a_new_epoch_does_not_wait_for_the_device(recipe, device):
+    batches = StageBatches(recipe, 1, stage_data(recipe, 1), device)
+    orders = [batches.index(step).tolist() for step in range(1, UPDATES + 1)]
+    batches = StageBatches(recipe, 1, stage_data(recipe, 1), device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [batches.index(step) for step in range(1, UPDATES + 1)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [index_B.tolist() for index_B in found] == orders
 
 
 @pytest.mark.gpu

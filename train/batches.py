@@ -56,5 +56,8 @@ class StageBatches:
             raise ValueError(f"step must be in [{self._first + 1}, {self._stage.until}], got {step}")
         epoch, place = divmod(step - 1 - self._first, self._per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self._order_ids, self._seed, epoch).to(self._device)
+            order = epoch_order(self._order_ids, self._seed, epoch)
+            # a copy from pinned memory is queued behind the updates before it and does not wait for them
+            order = order.pin_memory() if self._device.type == "cuda" else order
+            self._epoch, self._order = epoch, order.to(self._device, non_blocking=True)
         return batch_indices(self._order, place, self._stage.batch)
