@@ -110,14 +110,14 @@ def recompute_update(run_dir: str | Path, step: int, *, device: str | None = Non
         notes.append(str(difference))
     try:
         for line in past.updates(step - 1):
-            check_line(line, by_step.get(line["step"], {}), past, trace)
+            check_line(line, by_step.get(line["step"], line), past, trace)
         before = copies(past.state())
         with watch_update(past.model) as seen:
             (line,) = past.updates(step)
     except Differs as difference:
         raise CannotCheck("; ".join([*notes, str(difference)])) from difference
     try:
-        check_line(line, by_step.get(step, {}), past, trace)
+        check_line(line, by_step.get(step, line), past, trace)
         if which := past.which_tensor(trace):
             raise Differs(f"the state after step {step:,} is another one{which}")
     except Differs as difference:
@@ -209,17 +209,20 @@ class Past:
                 self._loaded = uri, stage_data(self.recipe, number)
             except (ValueError, OSError, ImportError, RuntimeError) as error:
                 raise CannotCheck(f"the rows of {uri} cannot be read: {error}") from error
-        data, said = self._loaded[1], self._rows[number]["train_digest"]
-        if data.train.digest != said:
-            raise Differs(f"rows of stage {number}, {uri}: their digest is {data.train.digest}, it says {said}")
+        data, said = self._loaded[1], self._rows.get(number)
+        if said is None:
+            raise CannotCheck(f"nothing says with which rows stage {number} was trained")
+        for part, rows in (("train_digest", data.train), ("dev_digest", data.dev)):
+            if rows.digest != said[part]:
+                raise Differs(f"rows of stage {number}, {uri}: their {part} is {rows.digest}, it says {said[part]}")
         return data
 
 
 def check_line(found: Line, said: Line, past: Past, trace: Sequence[Line]) -> None:
-    """Compare the lines of one update, value by value in the order in which they are computed."""
-    for name in in_order(found):
-        a, b = found.get(name), said.get(name)
-        if a == b or name not in said:
+    """Compare the lines of one update, value by value in the order in which they are computed; none may be missing."""
+    for name in in_order({**found, **said}):
+        a, b = found.get(name, "nothing"), said.get(name, "nothing")
+        if a == b:
             continue
         which = past.which_tensor(trace) if name == "state" else ""
         raise Differs(f"step {found['step']:,}, {name}: computed {readable(a)}, it says {readable(b)}{which}")
