@@ -113,6 +113,25 @@ def test_scores_of_another_source_are_not_written_over(runs, tmp_path, capsys):
     assert "does not say which set it is: add #dev, or --set" in capsys.readouterr().err
 
 
+def test_scores_of_a_later_step_are_not_written_over(runs, tmp_path, capsys):
+    write_npz(generate_scenes(3, seed=5, points=128, setting="easy"), tmp_path / "set")
+    data = ["--data", f"npz:{tmp_path / 'set'}", "--set", "dev", "--device", "cpu", "--threads", "1"]
+    out = ["--workers", "1", "--out", str(tmp_path)]
+
+    def step():
+        return json.loads((tmp_path / "scores.json").read_text())["checkpoint"]["step"]
+
+    for name, found in (("stage1.pt", 8), ("stage2.pt", 12), (".", 20), ("stage3.pt", 20)):
+        assert main(["evaluate", str(runs / "tiny" / name), *data, *out]) == 0
+        assert step() == found
+    assert main(["evaluate", str(runs / "tiny" / "stage1.pt"), *data, *out]) == 1
+    assert "scores.json holds the scores of other weights, step 20: name" in capsys.readouterr().err
+    assert step() == 20
+    (tmp_path / "scores.json").write_text("half")
+    assert main(["evaluate", str(runs / "tiny"), *data, *out]) == 1
+    assert "scores.json holds no scores (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("data", ["roofs:hard", "parquet:nowhere", "s3://x", "roofs:easy?dots=3"])
 def test_a_wrong_source_is_named(tmp_path, data, capsys):
     assert main(["run", *QUICK, "--runs", str(tmp_path), "--stages.0.data", data]) == 1

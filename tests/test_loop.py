@@ -287,6 +287,7 @@ def test_a_scored_run_writes_scores_and_examples(tmp_path):
     assert scores["scenes"] == 64
     assert {"truth_through_postprocessing", "label_clusters"} == scores["yardsticks"].keys()
     assert len((tmp_path / "run" / "scores.csv").read_text().splitlines()) == 65
+    assert json.loads((tmp_path / "run" / "certificate.json").read_text())["scores"] == scores
     examples = json.loads((tmp_path / "run" / "examples.json").read_text())
     assert [x["percentile"] for x in examples] == [10, 50, 90]
     assert any("label clusters" in line for line in lines)

@@ -7,8 +7,9 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # cuBLAS reads it when CUDA starts, which may be before the recipe is known
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -182,7 +183,7 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> int:
     loaded, machine = _load(options)
     set_name = options.set or _set_of(options.data)
     out = options.out or (options.model if options.model.is_dir() else options.model.parent)
-    _keep_other_scores(out, set_name, options.data)
+    _keep_other_scores(scores_path(out, set_name), options.data, loaded.record)
     evaluate_command(
         loaded.model.to(machine.device),
         load_scenes(options.data, strict=options.strict),
@@ -219,13 +220,23 @@ def _set_of(uri: str) -> str:
     raise ValueError(f"{uri} does not say which set it is: add #dev, or --set dev, validation or test")
 
 
-def _keep_other_scores(out: Path, set_name: str, source: str) -> None:
-    """Refuse to write over the scores of another source."""
-    path = scores_path(out, set_name)
-    if path.is_file():
-        kept = json.loads(path.read_text())["source"]
-        if SourceUri.parse(kept) != SourceUri.parse(source):
-            raise ValueError(f"{path} holds the scores of {kept}: name another directory with --out")
+def _keep_other_scores(path: Path, source: str, record: Mapping[str, Any]) -> None:
+    """Refuse to write over the scores of another source, or of weights that are not older ones."""
+    if not path.is_file():
+        return
+    try:
+        kept = json.loads(path.read_text())
+        other_source = SourceUri.parse(kept["source"]) != SourceUri.parse(source)
+        checkpoint = kept.get("checkpoint") or {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no scores ({error}): name another directory with --out") from error
+    if other_source:
+        raise ValueError(f"{path} holds the scores of {kept['source']}: name another directory with --out")
+    older = (checkpoint.get("step") or 0) < (record["step"] or 0)
+    if checkpoint.get("weights") != record["weights"] and not older:
+        raise ValueError(
+            f"{path} holds the scores of other weights, step {checkpoint.get('step')}: name another directory with --out"
+        )
 
 
 def _predict(options: argparse.Namespace, _rest: list[str]) -> int:

@@ -16,7 +16,7 @@ Format 2 is one JSON object:
     stages        per stage: stage, name, step (its end), weights (SHA-256), state (digest of weights and optimizer),
                   tail (step and state of stage<k>_tail.pt, 20 updates before the end), last (trace lines after it),
                   parents: digests of what the state was computed from: the state before, recipe, code, data
-    scores        the final scores, or null
+    scores        the scores of the last stage's weights on its dev set, or null
 
 Digests of states and the form of trace lines are those of `train.trace`. `python -m train verify certificate.json`
 checks it. Nothing in it varies between two runs of one recipe on one kind of machine.
@@ -37,6 +37,7 @@ from train.checkpoint import write_atomically
 from train.config import ROOT, Recipe, recipe_to_dict
 from train.determinism import Machine, triton_version
 from train.rundir import RunDirectory
+from train.sources import SourceUri
 from train.trace import CHECKED_STEPS, Line
 
 FORMAT = 2
@@ -72,7 +73,6 @@ def write_certificate(
     metrics, trace = directory.read("metrics"), directory.read("trace")
     digest = value_digest(code)
     start = _only(trace, kind="start")
-    scores = directory.path / "scores.json"
     stages: list[dict[str, Any]] = []
     data = [{k: v for k, v in line.items() if k not in ("kind", "step")} for line in metrics if line["kind"] == "data"]
     for number, stage in enumerate(recipe.stages[start["stage"] - 1 :], start=start["stage"]):
@@ -107,7 +107,7 @@ def write_certificate(
         "data": data,
         "first": _updates(trace, start["step"], first_end),
         "stages": stages,
-        "scores": json.loads(scores.read_text()) if scores.is_file() else None,
+        "scores": _scores(directory.path / "scores.json", recipe, stages[-1]["weights"]),
     }
     write_atomically(directory.path / "certificate.json", (json.dumps(certificate, indent=1) + "\n").encode())
     return certificate
@@ -303,6 +303,16 @@ def _said_extent(certificate: Mapping[str, Any]) -> dict[str, Any]:
         "tails": [stage["tail"]["step"] for stage in stages],
         "last": [[line["step"] for line in stage["last"]] for stage in stages],
     }
+
+
+def _scores(path: Path, recipe: Recipe, weights: str) -> dict[str, Any] | None:
+    """The scores of a run; None where those in its directory are of other weights or rows, as `evaluate` may leave."""
+    if not recipe.evaluate.score or not path.is_file():
+        return None
+    scores = json.loads(path.read_text())
+    ours = (scores["checkpoint"] or {}).get("weights") == weights
+    dev = SourceUri.parse(recipe.stages[-1].data).with_part("dev")
+    return scores if ours and SourceUri.parse(scores["source"]) == dev else None
 
 
 def _updates(trace: Iterable[Line], after: int, until: int) -> list[Line]:

@@ -47,7 +47,11 @@ def load_model(path: Path) -> LoadedModel:
         found = load_newest(path / "checkpoint.pt")
         if not found:
             raise CheckpointError(f"{path} holds no checkpoint")
-        checkpoint = found[0]
+        checkpoint, damage = found
+        if damage:
+            raise CheckpointError(
+                f"{damage}; name {path / 'checkpoint.pt.previous'} to take the one before it, step {checkpoint.step:,}"
+            )
     elif _is_published(path):
         model = load_published(path)
         record = {"file": path.name, "step": None, "weights": tensors_digest(model.state_dict())}
