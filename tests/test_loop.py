@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,59 @@ def test_a_damaged_checkpoint_costs_nothing_but_time(finished, tmp_path, monkeyp
     run(recipe, path, device="cpu", progress=False, say=lines.append)
     assert any("checkpoint.pt is damaged" in line and "step 9" in line for line in lines)
     assert final_state(path) == final_state(finished)
+
+
+@pytest.mark.parametrize(
+    ("lost", "origin"),
+    [
+        ("checkpoint.pt*", "step000014.pt, step 14"),
+        ("checkpoint.pt* step*", "stage2.pt, step 12"),
+        ("checkpoint.pt* step* stage?.pt", None),
+        ("*.pt* *.json", None),
+    ],
+)
+def test_a_run_whose_checkpoint_is_lost_goes_on_from_a_state_that_stayed(finished, tmp_path, lost, origin):
+    recipe, path = tiny_recipe(keep_every=7), tmp_path / "run"
+    shutil.copytree(finished, path)
+    for pattern in lost.split():
+        for file in path.glob(pattern):
+            file.unlink()
+    lines: list[str] = []
+    assert run(recipe, path, device="cpu", progress=False, say=lines.append)
+    said = [line for line in lines if "going on from" in line]
+    assert said == ([f"{path / 'checkpoint.pt'} does not exist; going on from {origin}"] if origin else [])
+    assert compare_runs(finished, path).differences == ()
+    for name in ("trace.jsonl", "metrics.jsonl", "certificate.json"):
+        assert (path / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_finished_run_is_not_begun_anew_for_want_of_a_checkpoint(finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    for file in path.glob("*.pt*"):
+        if file.name != "stage3.pt":
+            file.unlink()
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(
+        RunRefused, match=r"holds stage3\.pt but no state that .*, or copy stage3\.pt to checkpoint\.pt"
+    ):
+        train_quietly(tiny_recipe(keep_every=7), path)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    (path / "stage3.pt").rename(path / "checkpoint.pt")
+    assert not train_quietly(tiny_recipe(keep_every=7), path)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_without_its_config(finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    for lost in ("config.json", "checkpoint.pt"):
+        (path / lost).unlink(missing_ok=True)
+        with pytest.raises(RunRefused, match=r"holds a run of another recipe \(different: seed\)"):
+            train_quietly(tiny_recipe(keep_every=7, seed=9), path)
+        assert not (path / "config.json").exists()
+    (path / "stage3.pt").rename(path / "checkpoint.pt")
+    assert not train_quietly(tiny_recipe(keep_every=7), path)
+    assert (path / "config.json").read_bytes() == (finished / "config.json").read_bytes()
 
 
 def test_stages_from_a_checkpoint_are_those_of_the_whole_run(finished, tmp_path):

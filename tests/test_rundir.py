@@ -36,8 +36,19 @@ def test_another_recipe_is_refused_and_the_first_one_kept(tmp_path):
 def test_a_recipe_can_be_corrected_before_the_first_checkpoint(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.fix_recipe(dataclasses.replace(RECIPE, seed=9))
+    # it is written where a short stage begins
+    directory.stage_tail(1).write_bytes(b"")
     directory.fix_recipe(RECIPE)
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == RECIPE.seed
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt.previous", "stage1.pt", "stage12.pt", "step000500.pt"])
+def test_a_recipe_stays_with_every_state_that_stays(tmp_path, name):
+    directory = RunDirectory(tmp_path)
+    directory.fix_recipe(RECIPE)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(RunRefused, match=r"different: seed"):
+        directory.fix_recipe(dataclasses.replace(RECIPE, seed=9))
 
 
 def test_logs_can_be_cleared(tmp_path):

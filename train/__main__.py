@@ -235,7 +235,8 @@ def _keep_other_scores(path: Path, source: str, record: Mapping[str, Any]) -> No
     older = (checkpoint.get("step") or 0) < (record["step"] or 0)
     if checkpoint.get("weights") != record["weights"] and not older:
         raise ValueError(
-            f"{path} holds the scores of other weights, step {checkpoint.get('step')}: name another directory with --out"
+            f"{path} holds the scores of other weights, step {checkpoint.get('step')}: name another directory "
+            "with --out"
         )
 
 

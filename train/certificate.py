@@ -38,7 +38,7 @@ from train.config import ROOT, Recipe, recipe_to_dict
 from train.determinism import Machine, triton_version
 from train.rundir import RunDirectory
 from train.sources import SourceUri
-from train.trace import CHECKED_STEPS, Line
+from train.trace import CHECKED_STEPS, Line, tail_of
 
 FORMAT = 2
 _ROOMS = ("configs", "kernels", "perceiver", "train")
@@ -163,11 +163,6 @@ def check_extent(path: Path, certificate: Mapping[str, Any], recipe: Recipe) -> 
             raise Contradiction(
                 f"{path} contradicts itself: by its recipe its {name} must be {value}, it has {said[name]}"
             )
-
-
-def tail_of(recipe: Recipe, number: int) -> int:
-    """Return the step of stage<k>_tail.pt, from which the end of stage `number` (from 1) is checked."""
-    return max(recipe.stages[number - 1].until - CHECKED_STEPS, recipe.start_of(number - 1))
 
 
 def code_files(root: Path = ROOT) -> dict[str, str]:

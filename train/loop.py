@@ -17,7 +17,7 @@ from perceiver.model import Perceiver
 from perceiver.score import ScorePool, require_scorer
 from train.batches import StageBatches, stage_data
 from train.certificate import code_files, describe_environment, loaded_cubins, write_certificate
-from train.checkpoint import Checkpoint, load_newest, save_checkpoint, tensors_digest
+from train.checkpoint import Checkpoint, save_checkpoint, tensors_digest
 from train.config import Recipe, StageConfig, recipe_to_dict
 from train.data import StageData, describe_coverage
 from train.determinism import Machine, check_state, enter
@@ -28,7 +28,7 @@ from train.optim import build_optimizer, learning_rate, load_optimizer_state
 from train.rundir import RunDirectory, RunRefused
 from train.signals import RunStopped, signals_noted
 from train.speed import StepClock
-from train.starting_point import StartPoint
+from train.starting_point import StartPoint, load_state
 from train.step import StepResult, mean_loss
 from train.trace import CHECKED_STEPS, Trace, state_tensors
 
@@ -77,7 +77,6 @@ def run(
     if recipe.evaluate.score:
         require_scorer()
     with directory.locked(), ScorePool(recipe.evaluate.workers) as pool:
-        directory.fix_recipe(recipe)
         trainer = _Trainer(
             recipe, directory, machine, pool, graph=graph, progress=progress, say=say or _print_above_the_bar
         )
@@ -124,12 +123,13 @@ class _Trainer:
         self._cubins: dict[str, dict[str, dict[str, int]]] = {}
 
     def restore(self, start: StartPoint | None) -> None:
-        """Take the state of the newest checkpoint, or of `start`, or the initial one; cut the logs back to it."""
-        found = load_newest(self.directory.checkpoint)
+        """Take the newest state of the run, or that of `start`, or the initial one; cut the logs back to it."""
+        found = load_state(self.directory, self.recipe)
+        self.directory.fix_recipe(self.recipe)
         if found:
-            checkpoint, damage = found
-            if damage:
-                self.say(f"{damage}; going on from the one before it, step {checkpoint.step:,}")
+            checkpoint, why = found
+            if why:
+                self.say(why)
             if checkpoint.machine != self.machine.record():
                 raise RunRefused(
                     f"run directory {self.directory.path} was computed with {dict(checkpoint.machine)}, this process "

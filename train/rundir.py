@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,21 +63,33 @@ class RunDirectory:
     def fix_recipe(self, recipe: Recipe) -> None:
         """Save the recipe, or check that it is the one the directory already has.
 
-        A directory without a checkpoint has nothing to lose: its recipe may be corrected.
+        A directory without a checkpoint, or a state that stays, has nothing to lose: its recipe may be corrected.
 
         Raises:
             RunRefused: the directory holds a run of another recipe; names the values that differ.
         """
         path, values = self.path / "config.json", recipe_to_dict(recipe)
-        if not path.exists() or not any(self.path.glob("*.pt*")):
+        if not path.exists() or not (any(self.path.glob("checkpoint.pt*")) or self.kept_states()):
             write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
             return
-        different = differing_keys(json.loads(path.read_text()), values)
+        self.refuse_other(json.loads(path.read_text()), recipe)
+
+    def refuse_other(self, values: Mapping[str, Any], recipe: Recipe) -> None:
+        """Refuse a recipe other than the one, as plain values, that the directory's run has.
+
+        Raises:
+            RunRefused: names the values that differ.
+        """
+        different = differing_keys(values, recipe_to_dict(recipe))
         if different:
             raise RunRefused(
                 f"run directory {self.path} holds a run of another recipe (different: {', '.join(different)}); "
                 "take another --name, or remove the directory"
             )
+
+    def kept_states(self) -> list[Path]:
+        """The states that stay beside the newest checkpoint: ends of stages, and those of `keep_every`."""
+        return [path for path in sorted(self.path.glob("*.pt")) if re.fullmatch(r"(stage|step)\d+", path.stem)]
 
     def append(self, log: str, **values: Any) -> None:
         """Append one line to `<log>.jsonl`; see `extend`."""
