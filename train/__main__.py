@@ -21,8 +21,9 @@ from train.config import Recipe, load_recipe
 from train.data import load_order_ids, load_scenes
 from train.determinism import EnvironmentRefused, Machine, enter
 from train.evaluate import SET_TITLES, evaluate_command, scores_path
-from train.loop import RunDiverged, RunStopped, run
+from train.loop import RunStopped, run
 from train.predict import predict_command
+from train.pulse import RunDiverged
 from train.replay import Verdict, recompute_update, replay
 from train.rundir import RunRefused
 from train.sources import SourceUri

@@ -5,7 +5,6 @@ and the recipe. A run can therefore stop anywhere and go on from its checkpoint 
 stopped: its logs are cut back to the checkpoint and written again.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,19 +24,13 @@ from train.evaluate import Evaluation, evaluate, format_scores, write_scores
 from train.examples import write_examples
 from train.graph import StageUpdates
 from train.optim import build_optimizer, learning_rate, load_optimizer_state
+from train.pulse import require_finite, require_matching, require_temperature, temperature
 from train.rundir import RunDirectory, RunRefused
 from train.signals import RunStopped, signals_noted
 from train.speed import StepClock
 from train.starting_point import StartPoint, load_state
 from train.step import StepResult, mean_loss
 from train.trace import CHECKED_STEPS, Trace, state_tensors
-
-COLLAPSED_MASS = 0.05
-MAX_TEMPERATURE = 55.0
-
-
-class RunDiverged(RuntimeError):
-    """Training cannot go on: says what was seen and what usually causes it."""
 
 
 def run(
@@ -65,7 +58,8 @@ def run(
     Raises:
         RunRefused: the directory is in use, cannot be written, or holds something else.
         RunStopped: SIGINT or SIGTERM; the state is saved.
-        RunDiverged: the loss is not finite, everything went to the dustbin, or a temperature left its range.
+        RunDiverged: a value is not finite, everything goes to the dustbin after a warm-up and 500 updates of a stage,
+            or a temperature left its range; what diverged was not saved.
         ImportError: the recipe asks for a score and the package hoho2025 is not installed.
         EnvironmentRefused: the process is not deterministic, see `enter`.
         OSError: the disk refused; the last checkpoint is untouched and the run goes on from it.
@@ -118,6 +112,8 @@ class _Trainer:
         self.trace = Trace(recipe, lambda lines: directory.extend("trace", lines))
         self.code = code_files()
         self.step = 0
+        # of the newest update
+        self._result: StepResult | None = None
         self._data: StageData | None = None
         self._data_uri = ""
         self._cubins: dict[str, dict[str, dict[str, int]]] = {}
@@ -189,8 +185,13 @@ class _Trainer:
             self._save(self.directory.stage_tail(number))
         with self._bar(number, stage, first) as bar:
             while self.step < stage.until:
+                try:
+                    result = self._result = updates(self.step + 1)
+                except ValueError:
+                    # an operator refused what a weight has become
+                    self._require_healthy()
+                    raise
                 self.step += 1
-                result = updates(self.step)
                 self.trace.step(self.step, number, result, learning_rate(self.step, stage), self._state)
                 bar.update()
                 if self.step % self.recipe.log_every == 0 or self.step == stage.until:
@@ -261,6 +262,7 @@ class _Trainer:
 
     def _evaluate(self, number: int, stage: StageConfig, data: StageData, *, scenes: int) -> Evaluation | None:
         """Log the loss on training and dev scenes without noise, and the score of the dev scenes."""
+        self._require_healthy()
         recipe, count = self.recipe, min(scenes, len(data.dev))
         losses = [
             mean_loss(self.model, rows, recipe=recipe, machine=self.machine, endpoint_weight=stage.endpoint_weight)
@@ -300,20 +302,17 @@ class _Trainer:
         line["loss"] = line.pop("total")
         line["grad_norm"] = float(result.grad_norm)
         line["lr"] = learning_rate(self.step, stage)
-        scales = [p.detach().max() for name, p in self.model.named_parameters() if name.endswith("log_scale")]
-        line["tau"] = float(torch.stack(scales).max().exp())
+        line["tau"] = temperature(self.model)
         self.directory.append("metrics", kind="train", step=self.step, stage=number, **line)
-        if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
-            raise RunDiverged(f"step {self.step:,}: the loss or its gradient is not finite; lower the learning rate")
-        if line["mass"] < COLLAPSED_MASS and self.step > self.recipe.start_of(number - 1) + stage.warmup:
-            raise RunDiverged(
-                f"step {self.step:,}: only {line['mass']:.3f} of the mass of the true segments is matched, the rest "
-                "went to the dustbin: the loss has collapsed. Usual causes: a learning rate too high, cost_scale "
-                "changed without dustbin, plan_gradient 'exact' at a low cost_scale"
-            )
-        if line["tau"] > MAX_TEMPERATURE:
-            raise RunDiverged(f"step {self.step:,}: a temperature reached {line['tau']:.1f}, the kernels stop at 60")
+        require_finite(self.step, result, {})
+        require_temperature(self.step, line["tau"])
+        require_matching(self.step, line["mass"], begun=self.recipe.start_of(number - 1), warmup=stage.warmup)
         return line
+
+    def _require_healthy(self) -> None:
+        """Refuse a state, or an update that led to it, that training cannot go on from."""
+        require_finite(self.step, self._result, self.model.state_dict())
+        require_temperature(self.step, temperature(self.model))
 
     def _load(self, number: int, stage: StageConfig) -> StageData:
         """Load the stage's rows, note them in the metrics, and refuse rows that changed since the run began."""
@@ -347,6 +346,7 @@ class _Trainer:
             self._cubins = cubins
 
     def _save(self, path: Path) -> None:
+        self._require_healthy()
         self.trace.flush()
         self._note_kernels()
         self.directory.flush_logs()
