@@ -11,17 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import train.graph
 import train.loop
-import train.pulse
 from tests.tiny_runs import final_state, tiny_recipe, train_quietly, write_recipe
 from train.checkpoint import load_checkpoint
 from train.compare import compare_runs
 from train.config import load_recipe
 from train.loop import run
-from train.pulse import RunDiverged
 from train.rundir import RunRefused, read_log
 from train.signals import RunStopped
 from train.starting_point import load_start
@@ -308,93 +305,6 @@ def test_other_rows_may_not_go_on_with_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train.loop, "stage_data", other_rows)
     with pytest.raises(RunRefused, match="holds other rows than when this run began"):
         train_quietly(recipe, tmp_path / "run")
-
-
-def test_a_collapsed_loss_stops_the_run_with_an_explanation(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.pulse, "FIRST_STEPS", 1)
-    stages = tuple(dataclasses.replace(stage, warmup=2) for stage in tiny_recipe().stages)
-    with pytest.raises(RunDiverged, match=r"step 3: only 0.* of the mass .* went to the dustbin"):
-        train_quietly(tiny_recipe(stages=stages), tmp_path / "run")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    def broken(*args, **kwargs):
-        result = advance(*args, **kwargs)
-        return result._replace(grad_norm=torch.tensor(float("nan")))
-
-    monkeypatch.setattr(train.graph, "advance", broken)
-    with pytest.raises(RunDiverged, match="not finite"):
-        train_quietly(tiny_recipe(), tmp_path / "run")
-
-
-def spoiled_at(monkeypatch, step, spoil):
-    """Let an update change the model as training with too high a learning rate may."""
-
-    def spoiled(model, *args, step, **kwargs):
-        result = advance(model, *args, step=step, **kwargs)
-        if step == at:
-            with torch.no_grad():
-                spoil(model)
-        return result
-
-    at = step
-    monkeypatch.setattr(train.graph, "advance", spoiled)
-
-
-def sparse(**changes):
-    """A recipe that logs and evaluates at the ends of stages only."""
-    recipe = tiny_recipe(log_every=100, **changes)
-    return dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, every=0))
-
-
-def to_nan(model):
-    model.segmenter.conf_head.weight[0, 3] = float("nan")
-
-
-def to_a_high_temperature(model):
-    next(p for name, p in model.named_parameters() if name.endswith("log_scale")).fill_(6.0)
-
-
-@pytest.mark.parametrize(
-    ("step", "spoil", "reason"),
-    [
-        (3, to_nan, r"step 3: segmenter\.conf_head\.weight is not finite; lower the learning rate"),
-        (5, to_nan, r"step 6: the loss or its gradient is not finite; lower the learning rate"),
-        (8, to_nan, r"step 8: .* not finite"),
-        (4, to_a_high_temperature, "step 4: a temperature reached 403"),
-        (5, to_a_high_temperature, "step 5: a temperature reached 403"),
-    ],
-)
-def test_what_cannot_be_gone_on_from_is_named_with_its_step_and_never_saved(tmp_path, monkeypatch, step, spoil, reason):
-    recipe, path = sparse(checkpoint_every=3, keep_every=2), tmp_path / "run"
-    spoiled_at(monkeypatch, step, spoil)
-    with pytest.raises(RunDiverged, match=reason):
-        train_quietly(recipe, path)
-    monkeypatch.undo()
-    saved = [load_checkpoint(file) for file in path.glob("*.pt*")]
-    assert saved and all(x.isfinite().all() for state in saved for x in state.model.values())
-    train_quietly(recipe, path)
-    assert load_checkpoint(path / "stage3.pt").step == 20
-
-
-def test_a_refused_value_that_is_no_divergence_stays_what_it_is(tmp_path, monkeypatch):
-    def refused(*_args, **_kwargs):
-        raise ValueError("rows must be [B, T]")
-
-    monkeypatch.setattr(train.graph, "advance", refused)
-    with pytest.raises(ValueError, match=r"^rows must be"):
-        train_quietly(tiny_recipe(), tmp_path / "run")
-
-
-def test_a_model_that_has_not_begun_to_match_has_not_collapsed(tmp_path):
-    stages = tuple(dataclasses.replace(stage, warmup=0, lr=1e-9) for stage in tiny_recipe().stages)
-    assert train_quietly(tiny_recipe(stages=stages), tmp_path / "run")
-
-
-def test_a_temperature_out_of_range_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.pulse, "MAX_TEMPERATURE", 3.0)
-    with pytest.raises(RunDiverged, match="a temperature reached 4"):
-        train_quietly(tiny_recipe(), tmp_path / "run")
 
 
 def test_a_scored_run_writes_scores_and_examples(tmp_path):
