@@ -1,5 +1,6 @@
 """The command line: exit codes, one clear line for a mistake, and the commands end to end on a tiny run."""
 
+import itertools
 import json
 
 import pytest
@@ -111,6 +112,29 @@ def test_scores_of_another_source_are_not_written_over(runs, tmp_path, capsys):
     assert "holds the scores of roofs:easy?points=128#dev: name another directory" in capsys.readouterr().err
     assert main([*evaluate, "--data", "roofs:real"]) == 1
     assert "does not say which set it is: add #dev, or --set" in capsys.readouterr().err
+
+
+def test_every_row_of_a_set_is_answered_whatever_can_be_read(runs, tmp_path, capsys):
+    scenes = [generate_scenes(1, seed=points, points=points, setting="easy") for points in (64, 128)]
+    write_npz(itertools.chain(*scenes), tmp_path / "set")
+    (tmp_path / "set" / "unreadable.npz").write_bytes(b"damaged")
+    write_npz(generate_scenes(1, seed=1, points=64, setting="easy"), tmp_path / "bad")
+    for file in (tmp_path / "bad").iterdir():
+        file.write_bytes(b"damaged")
+    predict = ["predict", str(runs / "tiny"), "--device", "cpu", "--threads", "1"]
+    for name, answers, fallbacks in (("set", 3, 1), ("bad", 1, 1)):
+        out = tmp_path / f"{name}.json"
+        assert main([*predict, "--data", f"npz:{tmp_path / name}", "--out", str(out)]) == 0
+        assert len(json.loads(out.read_text())) == answers
+        assert f"{answers} answers, {fallbacks} of them the fallback for want of data" in capsys.readouterr().out
+
+
+def test_where_answers_cannot_go_is_said_before_they_are_made(runs, tmp_path, capsys):
+    predict = ["predict", str(runs / "tiny"), "--data", "npz:nowhere", "--device", "cpu", "--threads", "1"]
+    (tmp_path / "file").write_text("")
+    for out, message in ((tmp_path, "is a directory; name a file"), (tmp_path / "file" / "out.json", "File exists")):
+        assert main([*predict, "--out", str(out)]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_scores_of_a_later_step_are_not_written_over(runs, tmp_path, capsys):

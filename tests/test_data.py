@@ -263,6 +263,15 @@ def test_scenes_without_truth_are_loaded_only_where_none_is_needed(small):
         load_scenes(small, strict=True)
 
 
+def test_no_usable_row_is_an_error_only_where_truth_is_needed(small, caplog):
+    for i in range(10):
+        damage(small, f"row-{i:05}")
+    assert load_scenes(small, truth=False) == []
+    assert "row-00000" in caplog.text
+    with pytest.raises(SourceError, match="has no usable rows"):
+        load_scenes(small)
+
+
 def test_generated_roofs_need_no_file(tmp_path):
     stage = load_stage_data("roofs:easy?scenes=5&points=64")
     assert stage.counts == data.Counts(

@@ -22,7 +22,7 @@ from train.data import load_order_ids, load_scenes
 from train.determinism import EnvironmentRefused, Machine, enter
 from train.evaluate import SET_TITLES, evaluate_command, scores_path
 from train.loop import RunStopped, run
-from train.predict import predict_command
+from train.predict import check_out, predict_command
 from train.pulse import RunDiverged
 from train.replay import Verdict, recompute_update, replay
 from train.rundir import RunRefused
@@ -242,6 +242,7 @@ def _keep_other_scores(path: Path, source: str, record: Mapping[str, Any]) -> No
 
 
 def _predict(options: argparse.Namespace, _rest: list[str]) -> int:
+    check_out(options.out)
     loaded, machine = _load(options)
     predict_command(
         loaded.model.to(machine.device),

@@ -160,10 +160,11 @@ def load_scenes(uri: str | SourceUri, *, truth: bool = True, strict: bool = Fals
 
     Args:
         uri: the source; without a part all rows are meant.
-        truth: whether ground truth must be there. If False, rows without any are accepted too.
+        truth: whether ground truth must be there. If False, rows without any are accepted too, and it is no error
+            if none is usable.
         strict: raise at the first undecodable row instead of leaving it out with a warning.
     Raises:
-        SourceError: see `open_rows`; or no row is usable.
+        SourceError: see `open_rows`; or no row is usable for its truth.
         RowError: strict and a row is undecodable.
     """
     uri = SourceUri.parse(uri)
@@ -171,7 +172,7 @@ def load_scenes(uri: str | SourceUri, *, truth: bool = True, strict: bool = Fals
     failed: list[RowError] = []
     scenes = list(_decode(source, source.span(uri.part), failed, truth=truth, strict=strict))
     _complain(uri, failed)
-    if not scenes:
+    if truth and not scenes:
         raise SourceError(f"{uri}: has no usable rows")
     return scenes
 
