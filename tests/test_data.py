@@ -222,6 +222,15 @@ def test_wrong_list_of_bad_samples_is_explained(tmp_path):
         read_bad_samples(tmp_path / "missing.txt")
 
 
+def test_rows_are_counted_as_they_are_chosen(small, tmp_path):
+    listed = tmp_path / "bad.txt"
+    listed.write_text("row-00001\nrow-00009\n")
+    assert data.count_train_rows(small) == 7
+    assert (
+        data.count_train_rows(small, bad_samples=listed) == load_stage_data(small, bad_samples=listed).counts.trained_on
+    )
+
+
 def test_shipped_list_keeps_the_published_recipe_and_names_its_two_optional_scenes():
     assert read_bad_samples(SHIPPED) == frozenset()
     assert re.findall(r"^# ([0-9a-f]{11})$", SHIPPED.read_text(), re.MULTILINE) == ["47b0e0ce19b", "4b2d56eb3ef"]

@@ -14,7 +14,7 @@ import torch
 
 from perceiver.model import Perceiver
 from perceiver.score import ScorePool, require_scorer
-from train.batches import StageBatches, stage_data
+from train.batches import StageBatches, check_batches, stage_data
 from train.certificate import code_files, describe_environment, loaded_cubins, write_certificate
 from train.checkpoint import Checkpoint, save_checkpoint, tensors_digest
 from train.config import Recipe, StageConfig, recipe_to_dict
@@ -56,6 +56,7 @@ def run(
     Returns:
         False if the directory already held the complete run.
     Raises:
+        ValueError: a stage has fewer rows than its batch takes, or its data cannot be had.
         RunRefused: the directory is in use, cannot be written, or holds something else.
         RunStopped: SIGINT or SIGTERM; the state is saved.
         RunDiverged: a value is not finite, everything goes to the dustbin after a warm-up and 500 updates of a stage,
@@ -77,6 +78,7 @@ def run(
         trainer.restore(start)
         if trainer.step == recipe.stages[-1].until:
             return False
+        check_batches(recipe)
         trainer.note_process()
         with signals_noted() as caught:
             for number, stage in enumerate(recipe.stages, start=1):
