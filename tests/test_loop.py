@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -322,3 +323,5 @@ def test_a_scored_run_writes_scores_and_examples(tmp_path):
     examples = json.loads((tmp_path / "run" / "examples.json").read_text())
     assert [x["percentile"] for x in examples] == [10, 50, 90]
     assert any("label clusters" in line for line in lines)
+    (said,) = [line for line in lines if line.startswith("step 2: ")]
+    assert re.fullmatch(r"step 2: train loss \S+, dev loss \S+ of up to 8 scenes each, HSS \S+ on 64 dev scenes", said)

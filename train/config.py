@@ -54,7 +54,8 @@ class StageConfig:
 class EvaluateConfig:
     """When and how a run scores itself. `every` is in steps; 0 scores at the ends of stages only.
 
-    scenes: of the dev set, the first so many, between the ends of stages; a stage's end scores the whole set.
+    scenes: of the dev set, the first so many, between the ends of stages; a stage's end scores the whole set. The
+        losses on training and dev rows are of the first so many at any time; `scenes` in a log counts the scored.
     workers: processes that compute the score; the result does not depend on it.
     score: False leaves the wireframe score out and keeps the dev loss (a machine without hoho2025).
     """

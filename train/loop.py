@@ -263,7 +263,10 @@ class _Trainer:
             write_certificate(self.directory, self.recipe, self.machine, self.code)
 
     def _evaluate(self, number: int, stage: StageConfig, data: StageData, *, scenes: int) -> Evaluation | None:
-        """Log the loss on training and dev scenes without noise, and the score of the dev scenes."""
+        """Log the loss on training and dev scenes without noise, and the score of the first `scenes` dev scenes.
+
+        The losses are always of the first `evaluate.scenes` rows: those of a stage's end fit the curve before it.
+        """
         self._require_healthy()
         recipe, count = self.recipe, min(scenes, len(data.dev))
         losses = [
@@ -294,7 +297,8 @@ class _Trainer:
             **(evaluation.summary if evaluation else {}),
         )
         score = f", HSS {evaluation.summary['hss_mean']:.3f} on {count} dev scenes" if evaluation else ""
-        self.say(f"step {self.step:,}: train loss {losses[0]:.3f}, dev loss {losses[1]:.3f}{score}")
+        of = f"of up to {recipe.evaluate.scenes} scenes each"
+        self.say(f"step {self.step:,}: train loss {losses[0]:.3f}, dev loss {losses[1]:.3f} {of}{score}")
         return evaluation
 
     def _log(self, number: int, stage: StageConfig, result: StepResult) -> dict[str, float]:
