@@ -1,11 +1,13 @@
 """The command line: exit codes, one clear line for a mistake, and the commands end to end on a tiny run."""
 
+import dataclasses
 import itertools
 import json
 
 import pytest
 
 from train.__main__ import main
+from train.checkpoint import load_checkpoint, save_checkpoint
 from train.roofs import generate_scenes
 from train.sources import write_npz
 
@@ -86,6 +88,9 @@ def test_what_cannot_be_checked_is_exit_code_2_and_what_is_wrong_1(runs, tmp_pat
         (["run", "--recipe", "demoo"], "recipe 'demoo' does not exist; known recipes: demo"),
         (["run", "--recipe", "tiny", "--from", "nothing.pt"], "checkpoint nothing.pt does not exist"),
         (["run", "--recipe", "tiny", "--start-stage", "2"], "--start-stage must come with --from CHECKPOINT"),
+        (["run", "--recipe", "tiny", "--name", "."], "--name must be the name of a directory below --runs, got '.'"),
+        (["run", "--recipe", "tiny", "--name", ""], "--name must be the name of a directory below --runs, got ''"),
+        (["run", "--recipe", "tiny", "--name", "../x"], "--name must be the name of a directory below --runs"),
         (["evaluate", "nowhere", "--data", "roofs:easy"], "checkpoint nowhere does not exist"),
         (["compare", "nowhere", "nowhere"], "nowhere holds no run"),
     ],
@@ -96,6 +101,27 @@ def test_a_mistake_is_one_line_and_exit_code_1(arguments, message, capsys):
     assert message in errors
     assert errors.startswith(f"train {arguments[0]}: ")
     assert errors.count("\n") == 1
+
+
+def test_a_number_out_of_range_is_not_taken_for_none(runs, tmp_path, capsys):
+    start = ["--from", str(runs / "tiny" / "stage1.pt"), "--start-stage", "0", "--runs", str(tmp_path)]
+    assert main(["run", *QUICK, *start]) == 1
+    assert "--start-stage must be 1 to 3, got 0" in capsys.readouterr().err
+    data = ["--data", "npz:nowhere", "--out", str(tmp_path / "out.json"), "--device", "cpu"]
+    assert main(["predict", str(runs / "tiny"), *data, "--threads", "0"]) == 1
+    assert "threads must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_the_operators_of_a_run_can_be_exchanged_to_score_it(runs, tmp_path, monkeypatch, capsys):
+    state = load_checkpoint(runs / "tiny" / "stage3.pt")
+    path = tmp_path / "of_a_gpu.pt"
+    save_checkpoint(path, dataclasses.replace(state, recipe=dict(state.recipe) | {"impl": "triton"}))
+    write_npz(generate_scenes(1, seed=5, points=64, setting="easy"), tmp_path / "set")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    predict = ["predict", str(path), "--data", f"npz:{tmp_path / 'set'}", "--out", str(tmp_path / "out.json")]
+    assert main([*predict, "--device", "cpu", "--threads", "1"]) == 1
+    assert "impl" in capsys.readouterr().err
+    assert main([*predict, "--device", "cpu", "--threads", "1", "--impl", "eager"]) == 0
 
 
 def test_another_recipe_in_the_directory_is_refused_and_nothing_overwritten(runs, capsys):
@@ -176,4 +202,6 @@ def test_an_unknown_value_of_the_recipe_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["run", "--recipe", "tiny", "--stages.0.lrr", "3"])
     assert stop.value.code == 2
-    assert "--stages.0.lr" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "--stages.0.lr" in errors
+    assert errors.endswith("train run: --help-recipe lists the recipe's values, --help the other flags\n")

@@ -74,6 +74,21 @@ def test_a_log_that_is_not_there_is_empty(tmp_path):
     assert RunDirectory(tmp_path).read("metrics") == []
 
 
+@pytest.mark.parametrize("line", ["damaged", "3", "{}"])
+def test_a_damaged_file_is_named(tmp_path, line):
+    directory = RunDirectory(tmp_path)
+    directory.append("metrics", kind="train", step=1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    for read in (directory.read, lambda _log: directory.cut_logs(1)):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is damaged: "):
+            read("metrics")
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    (tmp_path / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        directory.fix_recipe(RECIPE)
+
+
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunRefused, match="cannot be made: Not a directory"):

@@ -14,6 +14,7 @@ from typing import Any
 # cuBLAS reads it when CUDA starts, which may be before the recipe is known
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+from kernels.dispatch import IMPLEMENTATIONS
 from train.anatomy import KINDS
 from train.checkpoint import CheckpointError
 from train.compare import compare_runs
@@ -135,6 +136,7 @@ def _add_model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     sub.add_argument("--strict", action="store_true", help="stop at a row that cannot be read")
     sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16"), help="default: the run's")
+    sub.add_argument("--impl", choices=IMPLEMENTATIONS, help="form of the operators (default: the run's)")
     sub.add_argument("--threads", type=int, help="of the CPU; part of the bits (default: the run's)")
 
 
@@ -144,10 +146,11 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         recipe = _override(recipe, ["--help"] if options.help_recipe else rest)
     if options.strict:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, strict=True))
-    run_dir = options.runs / (options.name or recipe.name)
+    run_dir = options.runs / _directory_name(recipe.name if options.name is None else options.name)
     if options.start_stage is not None and not options.start:
         raise ValueError("--start-stage must come with --from CHECKPOINT: which weights should the stage start from?")
-    start = load_start(options.start, options.start_stage or 1, recipe) if options.start else None
+    stage = 1 if options.start_stage is None else options.start_stage
+    start = load_start(options.start, stage, recipe) if options.start else None
     trained = run(
         recipe,
         run_dir,
@@ -159,6 +162,13 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     print(f"{run_dir} is {'complete' if trained else 'complete already; nothing was done'}")
     _report(run_dir)
     return 0
+
+
+def _directory_name(name: str) -> str:
+    """Refuse a name that would lead out of the directory of all runs, or be it."""
+    if name != Path(name).name or name in ("", ".."):
+        raise ValueError(f"--name must be the name of a directory below --runs, got {name!r}")
+    return name
 
 
 def _report(run_dir: Path) -> None:
@@ -177,7 +187,12 @@ def _override(recipe: Recipe, flags: list[str]) -> Recipe:
         import tyro
     except ImportError as error:
         raise ValueError(f"changing a recipe on the command line ({flags[0]}) needs the package tyro") from error
-    return tyro.cli(Recipe, default=recipe, args=flags, prog="python -m train run")
+    try:
+        return tyro.cli(Recipe, default=recipe, args=flags, prog="python -m train run")
+    except SystemExit as stop:
+        if stop.code:
+            print("train run: --help-recipe lists the recipe's values, --help the other flags", file=sys.stderr)
+        raise
 
 
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> int:
@@ -204,9 +219,9 @@ def _load(options: argparse.Namespace) -> tuple[LoadedModel, Machine]:
     """The model, and the arithmetic it was trained in unless flags say otherwise."""
     loaded = load_model(options.model)
     machine = enter(
-        threads=options.threads or loaded.threads,
+        threads=loaded.threads if options.threads is None else options.threads,
         precision=options.precision or loaded.precision,
-        impl=loaded.impl,
+        impl=options.impl or loaded.impl,
         device=options.device,
     )
     return loaded, machine

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from train.checkpoint import write_atomically
-from train.config import ROOT, Recipe, recipe_to_dict
+from train.config import ROOT, Recipe, read_object, recipe_to_dict
 from train.determinism import Machine, triton_version
 from train.rundir import RunDirectory
 from train.sources import SourceUri
@@ -304,7 +304,7 @@ def _scores(path: Path, recipe: Recipe, weights: str) -> dict[str, Any] | None:
     """The scores of a run; None where those in its directory are of other weights or rows, as `evaluate` may leave."""
     if not recipe.evaluate.score or not path.is_file():
         return None
-    scores = json.loads(path.read_text())
+    scores = read_object(path)
     ours = (scores["checkpoint"] or {}).get("weights") == weights
     dev = SourceUri.parse(recipe.stages[-1].data).with_part("dev")
     return scores if ours and SourceUri.parse(scores["source"]) == dev else None

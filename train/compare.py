@@ -17,7 +17,7 @@ from typing import Any
 
 from train.anatomy import KINDS, Anatomy, differing_tensors
 from train.checkpoint import load_checkpoint
-from train.config import differing_keys
+from train.config import differing_keys, read_object
 from train.replay import CannotCheck, initial_weights, readable, recompute_update
 from train.rundir import RunRefused, read_log, whole_lines
 from train.trace import Line, in_order, state_tensors
@@ -189,7 +189,7 @@ def _differing_recipe(a: Path, b: Path) -> list[str]:
     """The values of the recipes that differ."""
     if not all((path / "config.json").is_file() for path in (a, b)):
         return []
-    recipes = [json.loads((path / "config.json").read_text()) for path in (a, b)]
+    recipes = [read_object(path / "config.json") for path in (a, b)]
     return [
         f"recipe: {key} {_value(recipes[0], key)!r} against {_value(recipes[1], key)!r}"
         for key in differing_keys(*recipes)

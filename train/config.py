@@ -151,8 +151,23 @@ def load_recipe(name: str | Path) -> Recipe:
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json") if p.stem != "base"))
         raise ValueError(f"recipe {str(name)!r} does not exist; known recipes: {known}")
     base = path.parent / "base.json"
-    values = _merge(_read(base) if base.is_file() else {}, _read(path))
+    values = _merge(read_object(base) if base.is_file() else {}, read_object(path))
     return recipe_from_dict({"name": path.stem, **values})
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: it holds something else; names the file.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
@@ -181,13 +196,6 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "")
         elif left != right:
             names.append(prefix + key)
     return names
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

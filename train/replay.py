@@ -4,7 +4,7 @@
 it cannot be checked here and why. `recompute_update` keeps every tensor of one update.
 """
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from perceiver.model import Perceiver
 from train.anatomy import Anatomy, copies, watch_update
 from train.batches import StageBatches, stage_data
 from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from train.config import Recipe, recipe_from_dict
+from train.config import Recipe, read_object, recipe_from_dict
 from train.data import StageData
 from train.determinism import EnvironmentRefused, Machine, enter
 from train.optim import build_optimizer, learning_rate, load_optimizer_state
@@ -67,16 +67,20 @@ def replay(run_dir: str | Path, step: int, *, steps: int = 1, device: str | None
     Returns:
         Yes, no with the first difference, or why it cannot be checked: no such update or checkpoint, or this machine
         computes other bits.
+    Raises:
+        ValueError: steps is below 1, or a file of the run is damaged.
     Determinism: depends on the run directory and the machine only.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     path = Path(run_dir)
     try:
         recipe, trace = _read_run(path)
         by_step = {line["step"]: line for line in trace if line["kind"] == "step"}
         begin = step - steps
         missing = [s for s in range(begin + 1, step + 1) if s not in by_step]
-        if missing or steps < 1:
-            raise CannotCheck(f"the trace of {path} has no step {missing[0] if missing else step}")
+        if missing:
+            raise CannotCheck(f"the trace of {path} has no step {missing[0]}")
         name, checkpoint, machine = _nearest_state(path, recipe, trace, begin, device)
         past = Past(recipe, machine, _rows_of_run(path))
         past.begin(checkpoint, trace)
@@ -100,6 +104,8 @@ def recompute_update(run_dir: str | Path, step: int, *, device: str | None = Non
     """
     path, notes = Path(run_dir), []
     recipe, trace = _read_run(path)
+    if not 1 <= step <= recipe.stages[-1].until:
+        raise CannotCheck(f"{path} has no step {step:,}: its recipe has 1 to {recipe.stages[-1].until:,}")
     by_step = {line["step"]: line for line in trace if line["kind"] == "step"}
     name, checkpoint, machine = _nearest_state(path, recipe, trace, step - 1, device)
     past = Past(recipe, machine, _rows_of_run(path))
@@ -230,7 +236,7 @@ def check_line(found: Line, said: Line, past: Past, trace: Sequence[Line]) -> No
 
 def readable(value: Any) -> Any:
     """A value of a trace line for people: hexadecimal floats also in decimal."""
-    if isinstance(value, str) and "0x" in value:
+    if isinstance(value, str) and re.fullmatch(r"-?0x[01]\.[0-9a-f]*p[+-]\d+", value):
         return f"{float.fromhex(value)!r} ({value})"
     return value
 
@@ -259,7 +265,7 @@ def _read_run(path: Path) -> tuple[Recipe, list[Line]]:
     for name in ("config.json", "trace.jsonl", "metrics.jsonl"):
         if not (path / name).is_file():
             raise CannotCheck(f"{path} has no {name}")
-    return known_recipe(json.loads((path / "config.json").read_text())), read_log(path / "trace.jsonl")
+    return known_recipe(read_object(path / "config.json")), read_log(path / "trace.jsonl")
 
 
 def known_recipe(values: Mapping[str, Any]) -> Recipe:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint import write_atomically
-from train.config import Recipe, differing_keys, recipe_to_dict
+from train.config import Recipe, differing_keys, read_object, recipe_to_dict
 
 
 class RunRefused(RuntimeError):
@@ -72,7 +72,7 @@ class RunDirectory:
         if not path.exists() or not (any(self.path.glob("checkpoint.pt*")) or self.kept_states()):
             write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
             return
-        self.refuse_other(json.loads(path.read_text()), recipe)
+        self.refuse_other(read_object(path), recipe)
 
     def refuse_other(self, values: Mapping[str, Any], recipe: Recipe) -> None:
         """Refuse a recipe other than the one, as plain values, that the directory's run has.
@@ -122,7 +122,9 @@ class RunDirectory:
     def cut_logs(self, step: int) -> None:
         """Drop what the logs say of steps after `step`, and a line that a crash left half-written."""
         for path in sorted(self.path.glob("*.jsonl")):
-            kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
+            kept = [
+                line for line, found in zip(whole_lines(path), read_log(path), strict=True) if found["step"] <= step
+            ]
             write_atomically(path, "".join(kept).encode())
 
     def read(self, log: str) -> list[dict[str, Any]]:
@@ -132,8 +134,20 @@ class RunDirectory:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log as values, without one that a crash left half-written."""
-    return [json.loads(line) for line in whole_lines(path)]
+    """The lines of a log as values, without one that a crash left half-written.
+
+    Raises:
+        ValueError: a line is damaged; names the file and the line.
+    """
+    found = []
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is damaged: {error}") from error
+        if not isinstance(found[-1], dict) or "step" not in found[-1]:
+            raise ValueError(f"{path} line {number} is damaged: it must hold an object with a step")
+    return found
 
 
 def whole_lines(path: Path) -> list[str]:
