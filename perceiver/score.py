@@ -12,8 +12,8 @@ import signal
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing.connection import Connection, wait
-from typing import NamedTuple
+from multiprocessing.connection import wait
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -136,7 +136,7 @@ def summarize(scores: Sequence[Score]) -> dict[str, float]:
     }
 
 
-def _start_worker(owner_ends: Connection) -> None:
+def _start_worker(owner_ends: Any) -> None:
     torch.set_num_threads(1)
     # the fork server, which is this process's parent, cannot tell that the owner was killed
     threading.Thread(target=_end_with, args=(owner_ends,), daemon=True).start()
@@ -144,7 +144,7 @@ def _start_worker(owner_ends: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _end_with(owner_ends: Connection) -> None:
+def _end_with(owner_ends: Any) -> None:
     """End this process when the other end of a pipe is closed."""
     wait([owner_ends])
     os._exit(1)

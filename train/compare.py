@@ -192,7 +192,7 @@ def _differing_recipe(a: Path, b: Path) -> list[str]:
     recipes = [read_object(path / "config.json") for path in (a, b)]
     return [
         f"recipe: {key} {_value(recipes[0], key)!r} against {_value(recipes[1], key)!r}"
-        for key in differing_keys(*recipes)
+        for key in differing_keys(recipes[0], recipes[1])
     ]
 
 
