@@ -108,7 +108,8 @@ def load_newest(path: Path) -> tuple[Checkpoint, str | None] | None:
     new, previous = (path.with_name(path.name + suffix) for suffix in (".new", ".previous"))
     problems: list[str] = []
     # a half-written .new is what a crash leaves; it counts only where `path` has already been moved away
-    for candidate in (path, previous) if path.is_file() else (new, previous):
+    # (and again `path`: a save may end while this looks)
+    for candidate in (path, previous) if path.is_file() else (new, path, previous):
         if not candidate.is_file():
             continue
         try:

@@ -43,7 +43,7 @@ def run(
     progress: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> bool:
-    """Train a recipe in a directory, from its checkpoint where there is one.
+    """Train a recipe in a directory, from the newest state that is there, see `load_state`.
 
     Args:
         recipe: what to train.
