@@ -7,10 +7,13 @@ processes that stay alive between calls, `summarize` gives the leaderboard's fie
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from multiprocessing.connection import wait
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +69,7 @@ def score_wireframe(prediction: Wireframe, truth: Wireframe) -> Score:
 
 
 class ScorePool:
-    """Processes that score; they start with the first call and stay until the pool is closed.
+    """Processes that score; they start with the first call and stay until the pool is closed, or its process is gone.
 
         with ScorePool(workers=2) as pool:
             scores = pool.score(jobs)
@@ -86,7 +89,11 @@ class ScorePool:
             # a fork server imports the package once; a plain fork is unsafe beside the threads of torch
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["hoho2025.metric_helper"])
-            self._executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+            # its end closes with this process, however that ends
+            self._owner_ends, self._owner_lives = context.Pipe(duplex=False)
+            self._executor = ProcessPoolExecutor(
+                workers, mp_context=context, initializer=_start_worker, initargs=(self._owner_ends,)
+            )
 
     def score(self, jobs: Iterable[Job]) -> list[Score]:
         """Score all jobs, in their order.
@@ -102,6 +109,8 @@ class ScorePool:
         """End the processes."""
         if self._executor is not None:
             self._executor.shutdown()
+            self._owner_ends.close()
+            self._owner_lives.close()
 
     def __enter__(self) -> "ScorePool":
         return self
@@ -127,10 +136,18 @@ def summarize(scores: Sequence[Score]) -> dict[str, float]:
     }
 
 
-def _start_worker() -> None:
+def _start_worker(owner_ends: Any) -> None:
     torch.set_num_threads(1)
+    # the fork server, which is this process's parent, cannot tell that the owner was killed
+    threading.Thread(target=_end_with, args=(owner_ends,), daemon=True).start()
     # Ctrl-C reaches every process of a terminal; the one that owns the pool decides what it means
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_with(owner_ends: Any) -> None:
+    """End this process when the other end of a pipe is closed."""
+    wait([owner_ends])
+    os._exit(1)
 
 
 def _score_job(job: Job) -> Score:

@@ -1,10 +1,12 @@
 """The rows of an update are a function of recipe, data and step."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from tests.tiny_runs import tiny_recipe
-from train.batches import StageBatches, stage_data
+from tests.tiny_runs import tiny_recipe, train_quietly
+from train.batches import StageBatches, check_batches, stage_data
 
 
 def batches(number=2):
@@ -22,6 +24,16 @@ def test_any_step_can_be_asked_for_alone():
 def test_an_epoch_visits_every_row_once():
     seen = torch.cat([batches(1).at(step).scene_B for step in range(1, 5)])
     assert len(seen.unique()) == len(seen) == 32
+
+
+def test_a_batch_that_a_later_stage_has_no_rows_for_is_found_before_the_first_update(tmp_path):
+    recipe = tiny_recipe()
+    check_batches(recipe)
+    last = dataclasses.replace(recipe.stages[2], batch=33)
+    recipe = dataclasses.replace(recipe, stages=(*recipe.stages[:2], last))
+    with pytest.raises(ValueError, match=r"stages\.2\.batch must be at most 32, the rows that roofs:.* got 33"):
+        train_quietly(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_rows_are_gathered_in_the_form_that_is_asked_for():

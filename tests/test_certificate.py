@@ -87,6 +87,26 @@ def test_a_log_without_its_lines_gives_no_certificate(finished, tmp_path):
         write_certificate(RunDirectory(tmp_path / "run"), tiny_recipe(), machine, code_files())
 
 
+def test_only_scores_of_the_runs_own_weights_and_rows_enter(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    recipe = tiny_recipe()
+    scored = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, score=True))
+    machine = enter(threads=1, precision="fp32", impl="eager", device="cpu")
+    weights = tensors_digest(load_checkpoint(finished / "stage3.pt").model)
+
+    def entered(recipe, **changes):
+        dev = f"{recipe.stages[2].data}#dev"
+        scores = {"source": dev, "checkpoint": {"step": 20, "weights": weights}} | changes
+        (tmp_path / "run" / "scores.json").write_text(json.dumps(scores))
+        return write_certificate(RunDirectory(tmp_path / "run"), recipe, machine, code_files())["scores"]
+
+    assert entered(scored)["checkpoint"]["weights"] == weights
+    assert entered(scored, checkpoint={"step": 18, "weights": "0"}) is None
+    assert entered(scored, checkpoint=None) is None
+    assert entered(scored, source="roofs:easy#dev") is None
+    assert entered(recipe) is None
+
+
 def test_code_whose_files_give_another_digest_is_found(finished, tmp_path):
     certificate = json.loads((finished / "certificate.json").read_text())
     certificate["code"]["files"]["train/step.py"] = "0"

@@ -1,6 +1,7 @@
 """Checkpoints: exact, and usable after a crash at any moment of a save."""
 
 import errno
+import hashlib
 import os
 
 import pytest
@@ -70,40 +71,93 @@ def test_nothing_usable_is_an_error(tmp_path):
         load_newest(tmp_path / "c.pt")
 
 
-@pytest.mark.parametrize("call", range(1, 8))
-def test_a_crash_between_any_two_file_operations_leaves_a_usable_checkpoint(tmp_path, monkeypatch, call):
-    path = tmp_path / "c.pt"
-    for step in (1, 2):
-        save_checkpoint(path, checkpoint(step))
+class PowerCut(Exception):
+    """The process is gone: no handler of an OSError runs."""
+
+
+def save_cut_short(path, step, call, error):
+    """Save, and fail at the `call`-th operation on files, a flush leaving half the file; False if there are fewer."""
     calls = 0
 
-    class PowerCut(Exception):
-        pass
-
-    def counted(function):
-        def inner(*args, **kwargs):
+    def counted(function, half):
+        def inner(*args):
             nonlocal calls
             calls += 1
             if calls == call:
-                raise PowerCut
-            return function(*args, **kwargs)
+                if half and os.path.isfile(f"/proc/self/fd/{args[0]}"):
+                    os.truncate(args[0], os.fstat(args[0]).st_size // 2)
+                raise error
+            return function(*args)
 
         return inner
 
-    monkeypatch.setattr(os, "replace", counted(os.replace))
-    monkeypatch.setattr(os, "fsync", counted(os.fsync))
-    try:
-        save_checkpoint(path, checkpoint(3))
-        crashed = False
-    except PowerCut:
-        crashed = True
-    monkeypatch.undo()
-    assert crashed == (call <= 7)
-    found = load_newest(path)
-    assert found
-    assert found[0].step in (2, 3)
-    save_checkpoint(path, checkpoint(4))
-    assert load_newest(path)[0].step == 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", counted(os.replace, half=False))
+        patch.setattr(os, "fsync", counted(os.fsync, half=True))
+        try:
+            save_checkpoint(path, checkpoint(step))
+        except (PowerCut, OSError):
+            return True
+    return False
+
+
+def in_the_old_form(path):
+    """Make a checkpoint as it was before its digest stood in it: that of the whole file, beside it."""
+    state = load_checkpoint(path)
+    torch.save({"format": 1, **state.__dict__}, path)
+    path.with_name(path.name + ".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new files", "old files"])
+@pytest.mark.parametrize("first", range(1, 8))
+def test_crashes_between_any_operations_on_files_leave_a_usable_checkpoint(tmp_path, first, old):
+    """One crash, and a second one in the save after it, which may also be a disk that is full."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for second in range(1, 8):
+        for error in (PowerCut(), full):
+            path = tmp_path / f"{second}{type(error).__name__}" / "c.pt"
+            path.parent.mkdir()
+            for step in (1, 2):
+                save_checkpoint(path, checkpoint(step))
+            if old:
+                in_the_old_form(path)
+                in_the_old_form(path.with_name("c.pt.previous"))
+            crashed = save_cut_short(path, 3, first, PowerCut())
+            assert crashed == (first <= (5 if old else 4))
+            one = load_newest(path)
+            assert one and one[0].step in (2, 3) and (one[1] is None)
+            save_cut_short(path, 4, second, error)
+            two = load_newest(path)
+            assert two and two[0].step in (one[0].step, 4) and (two[1] is None)
+            save_checkpoint(path, checkpoint(5))
+            assert load_newest(path)[0].step == 5
+            assert load_checkpoint(path.with_name("c.pt.previous")).step == two[0].step
+
+
+def test_a_reader_moves_no_file_that_a_save_is_about_to_move(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, checkpoint(1))
+    path.rename(tmp_path / "c.pt.new")
+    assert load_newest(path)[0].step == 1
+    assert [x.name for x in tmp_path.iterdir()] == ["c.pt.new"]
+
+
+def test_a_checkpoint_with_its_digest_beside_it_is_still_read_and_checked(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, checkpoint(3))
+    in_the_old_form(path)
+    assert load_checkpoint(path).step == 3
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"is damaged: its bytes do not have the digest in c\.pt\.sha256"):
+        load_checkpoint(path)
+
+
+def test_the_digest_leaves_the_file_one_that_torch_reads(tmp_path):
+    save_checkpoint(tmp_path / "c.pt", checkpoint(3))
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["step"] == 3
+    assert [x.name for x in tmp_path.iterdir()] == ["c.pt"]
 
 
 def test_a_half_written_first_checkpoint_counts_as_none(tmp_path):

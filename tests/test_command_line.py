@@ -1,10 +1,13 @@
 """The command line: exit codes, one clear line for a mistake, and the commands end to end on a tiny run."""
 
+import dataclasses
+import itertools
 import json
 
 import pytest
 
 from train.__main__ import main
+from train.checkpoint import load_checkpoint, save_checkpoint
 from train.roofs import generate_scenes
 from train.sources import write_npz
 
@@ -85,6 +88,9 @@ def test_what_cannot_be_checked_is_exit_code_2_and_what_is_wrong_1(runs, tmp_pat
         (["run", "--recipe", "demoo"], "recipe 'demoo' does not exist; known recipes: demo"),
         (["run", "--recipe", "tiny", "--from", "nothing.pt"], "checkpoint nothing.pt does not exist"),
         (["run", "--recipe", "tiny", "--start-stage", "2"], "--start-stage must come with --from CHECKPOINT"),
+        (["run", "--recipe", "tiny", "--name", "."], "--name must be the name of a directory below --runs, got '.'"),
+        (["run", "--recipe", "tiny", "--name", ""], "--name must be the name of a directory below --runs, got ''"),
+        (["run", "--recipe", "tiny", "--name", "../x"], "--name must be the name of a directory below --runs"),
         (["evaluate", "nowhere", "--data", "roofs:easy"], "checkpoint nowhere does not exist"),
         (["compare", "nowhere", "nowhere"], "nowhere holds no run"),
     ],
@@ -95,6 +101,27 @@ def test_a_mistake_is_one_line_and_exit_code_1(arguments, message, capsys):
     assert message in errors
     assert errors.startswith(f"train {arguments[0]}: ")
     assert errors.count("\n") == 1
+
+
+def test_a_number_out_of_range_is_not_taken_for_none(runs, tmp_path, capsys):
+    start = ["--from", str(runs / "tiny" / "stage1.pt"), "--start-stage", "0", "--runs", str(tmp_path)]
+    assert main(["run", *QUICK, *start]) == 1
+    assert "--start-stage must be 1 to 3, got 0" in capsys.readouterr().err
+    data = ["--data", "npz:nowhere", "--out", str(tmp_path / "out.json"), "--device", "cpu"]
+    assert main(["predict", str(runs / "tiny"), *data, "--threads", "0"]) == 1
+    assert "threads must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_the_operators_of_a_run_can_be_exchanged_to_score_it(runs, tmp_path, monkeypatch, capsys):
+    state = load_checkpoint(runs / "tiny" / "stage3.pt")
+    path = tmp_path / "of_a_gpu.pt"
+    save_checkpoint(path, dataclasses.replace(state, recipe=dict(state.recipe) | {"impl": "triton"}))
+    write_npz(generate_scenes(1, seed=5, points=64, setting="easy"), tmp_path / "set")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    predict = ["predict", str(path), "--data", f"npz:{tmp_path / 'set'}", "--out", str(tmp_path / "out.json")]
+    assert main([*predict, "--device", "cpu", "--threads", "1"]) == 1
+    assert "impl" in capsys.readouterr().err
+    assert main([*predict, "--device", "cpu", "--threads", "1", "--impl", "eager"]) == 0
 
 
 def test_another_recipe_in_the_directory_is_refused_and_nothing_overwritten(runs, capsys):
@@ -111,6 +138,48 @@ def test_scores_of_another_source_are_not_written_over(runs, tmp_path, capsys):
     assert "holds the scores of roofs:easy?points=128#dev: name another directory" in capsys.readouterr().err
     assert main([*evaluate, "--data", "roofs:real"]) == 1
     assert "does not say which set it is: add #dev, or --set" in capsys.readouterr().err
+
+
+def test_every_row_of_a_set_is_answered_whatever_can_be_read(runs, tmp_path, capsys):
+    scenes = [generate_scenes(1, seed=points, points=points, setting="easy") for points in (64, 128)]
+    write_npz(itertools.chain(*scenes), tmp_path / "set")
+    (tmp_path / "set" / "unreadable.npz").write_bytes(b"damaged")
+    write_npz(generate_scenes(1, seed=1, points=64, setting="easy"), tmp_path / "bad")
+    for file in (tmp_path / "bad").iterdir():
+        file.write_bytes(b"damaged")
+    predict = ["predict", str(runs / "tiny"), "--device", "cpu", "--threads", "1"]
+    for name, answers, fallbacks in (("set", 3, 1), ("bad", 1, 1)):
+        out = tmp_path / f"{name}.json"
+        assert main([*predict, "--data", f"npz:{tmp_path / name}", "--out", str(out)]) == 0
+        assert len(json.loads(out.read_text())) == answers
+        assert f"{answers} answers, {fallbacks} of them the fallback for want of data" in capsys.readouterr().out
+
+
+def test_where_answers_cannot_go_is_said_before_they_are_made(runs, tmp_path, capsys):
+    predict = ["predict", str(runs / "tiny"), "--data", "npz:nowhere", "--device", "cpu", "--threads", "1"]
+    (tmp_path / "file").write_text("")
+    for out, message in ((tmp_path, "is a directory; name a file"), (tmp_path / "file" / "out.json", "File exists")):
+        assert main([*predict, "--out", str(out)]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_scores_of_a_later_step_are_not_written_over(runs, tmp_path, capsys):
+    write_npz(generate_scenes(3, seed=5, points=128, setting="easy"), tmp_path / "set")
+    data = ["--data", f"npz:{tmp_path / 'set'}", "--set", "dev", "--device", "cpu", "--threads", "1"]
+    out = ["--workers", "1", "--out", str(tmp_path)]
+
+    def step():
+        return json.loads((tmp_path / "scores.json").read_text())["checkpoint"]["step"]
+
+    for name, found in (("stage1.pt", 8), ("stage2.pt", 12), (".", 20), ("stage3.pt", 20)):
+        assert main(["evaluate", str(runs / "tiny" / name), *data, *out]) == 0
+        assert step() == found
+    assert main(["evaluate", str(runs / "tiny" / "stage1.pt"), *data, *out]) == 1
+    assert "scores.json holds the scores of other weights, step 20: name" in capsys.readouterr().err
+    assert step() == 20
+    (tmp_path / "scores.json").write_text("half")
+    assert main(["evaluate", str(runs / "tiny"), *data, *out]) == 1
+    assert "scores.json holds no scores (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("data", ["roofs:hard", "parquet:nowhere", "s3://x", "roofs:easy?dots=3"])
@@ -133,4 +202,6 @@ def test_an_unknown_value_of_the_recipe_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["run", "--recipe", "tiny", "--stages.0.lrr", "3"])
     assert stop.value.code == 2
-    assert "--stages.0.lr" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "--stages.0.lr" in errors
+    assert errors.endswith("train run: --help-recipe lists the recipe's values, --help the other flags\n")

@@ -74,6 +74,27 @@ def test_the_first_differing_step_and_value_are_named(runs):
     assert difference == "metrics: first at step 2 (train): loss 0.3333333333333333 against 0.33333333333333337"
 
 
+@pytest.mark.parametrize("name", ["stage10.pt", "stage11_tail.pt", "step000500.pt"])
+def test_every_checkpoint_that_stays_is_compared(runs, name):
+    for path in runs:
+        shutil.copy(path / "stage1.pt", path / name)
+    change(runs[1] / name, lambda state: state.model["w"].add_(1))
+    (difference,) = compare_runs(*runs).differences
+    assert difference.startswith(f"{name}: w: 12 of 12 elements differ")
+
+
+def test_stages_from_the_tenth_on_count(runs):
+    shutil.copy(runs[0] / "stage1.pt", runs[0] / "stage10.pt")
+    assert compare_runs(*runs).differences == ("finished stages: stage1.pt, stage10.pt against stage1.pt",)
+
+
+def test_runs_of_which_nothing_was_compared_are_not_called_identical(runs):
+    for path in runs:
+        (path / "stage1.pt").unlink()
+    with pytest.raises(RunRefused, match="cannot be compared: they have no traced step and no checkpoint in common"):
+        compare_runs(*runs)
+
+
 def test_a_run_that_stopped_earlier_differs(runs):
     (runs[1] / "metrics.jsonl").write_text((runs[1] / "metrics.jsonl").read_text().splitlines(keepends=True)[0])
     (runs[1] / "stage1.pt").unlink()
@@ -183,7 +204,6 @@ def test_a_run_that_went_on_from_a_flipped_bit_is_traced_to_it(finished, tmp_pat
     for name in ("step000014.pt", "checkpoint.pt"):
         change(other / name, lambda state: state.model[weight][0, 0].neg_())
     shutil.copy(other / "step000014.pt", other / "checkpoint.pt")
-    shutil.copy(other / "step000014.pt.sha256", other / "checkpoint.pt.sha256")
     train_quietly(recipe, other)
     comparison = compare_runs(finished, other)
     assert comparison.sentence.startswith("step 15 is the first that differs: ")

@@ -92,6 +92,12 @@ def test_broken_json_is_named(tmp_path):
         load_recipe(tmp_path / "mine.json")
 
 
+def test_a_recipe_that_is_no_object_is_named(tmp_path):
+    (tmp_path / "mine.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"mine\.json must hold a JSON object, got list"):
+        load_recipe(tmp_path / "mine.json")
+
+
 def test_differences_are_named_with_their_path():
     a = load_recipe("tiny")
     b = dataclasses.replace(a, seed=1, model=dataclasses.replace(a.model, dropout=0.5))

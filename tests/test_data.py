@@ -222,6 +222,15 @@ def test_wrong_list_of_bad_samples_is_explained(tmp_path):
         read_bad_samples(tmp_path / "missing.txt")
 
 
+def test_rows_are_counted_as_they_are_chosen(small, tmp_path):
+    listed = tmp_path / "bad.txt"
+    listed.write_text("row-00001\nrow-00009\n")
+    assert data.count_train_rows(small) == 7
+    assert (
+        data.count_train_rows(small, bad_samples=listed) == load_stage_data(small, bad_samples=listed).counts.trained_on
+    )
+
+
 def test_shipped_list_keeps_the_published_recipe_and_names_its_two_optional_scenes():
     assert read_bad_samples(SHIPPED) == frozenset()
     assert re.findall(r"^# ([0-9a-f]{11})$", SHIPPED.read_text(), re.MULTILINE) == ["47b0e0ce19b", "4b2d56eb3ef"]
@@ -261,6 +270,15 @@ def test_scenes_without_truth_are_loaded_only_where_none_is_needed(small):
     assert len(load_scenes(small, truth=False)) == 10
     with pytest.raises(RowError, match="row 'row-00004': field 'gt_segments' is missing"):
         load_scenes(small, strict=True)
+
+
+def test_no_usable_row_is_an_error_only_where_truth_is_needed(small, caplog):
+    for i in range(10):
+        damage(small, f"row-{i:05}")
+    assert load_scenes(small, truth=False) == []
+    assert "row-00000" in caplog.text
+    with pytest.raises(SourceError, match="has no usable rows"):
+        load_scenes(small)
 
 
 def test_generated_roofs_need_no_file(tmp_path):

@@ -102,6 +102,16 @@ def test_predictions_come_back_in_world_metres_and_scene_order(scenes):
         np.testing.assert_allclose(ends, scene.gt_vertices[np.lexsort(scene.gt_vertices.T)], atol=1e-5)
 
 
+def test_scenes_of_other_numbers_of_points_go_in_other_passes(scenes):
+    model = Oracle()
+    per_point = ("xyz_norm", "class_id", "source", "mask", "visible_src", "visible_id")
+    wider = replace(scenes[1], **{name: np.repeat(getattr(scenes[1], name), 2, axis=0) for name in per_point})
+    mixed = [scenes[0], scenes[2], wider, scenes[0]]
+    wireframes = predict_wireframes(model, mixed, machine=CPU, batch=8, postprocess=SETTINGS)
+    assert model.batches == [2, 1, 1]
+    assert [len(wireframe.edges_E2) for wireframe in wireframes] == [9, 9, 9, 9]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_predicts_in_evaluation_mode_and_its_mode_is_restored(scenes, training):
     model = Oracle().train(training)

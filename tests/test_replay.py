@@ -63,6 +63,23 @@ def test_a_step_that_was_not_made_cannot_be_checked(finished, tmp_path):
     assert "has no config.json" in replay(tmp_path, 1).sentence
 
 
+@pytest.mark.parametrize("step", [0, -3, 21, 99])
+def test_a_step_that_was_not_made_cannot_be_made_again(finished, step):
+    with pytest.raises(CannotCheck, match=rf"has no step {step}: its recipe has 1 to 20"):
+        recompute_update(finished, step)
+
+
+def test_no_steps_are_refused(finished):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        replay(finished, 5, steps=0)
+
+
+def test_a_damaged_file_is_named(run_dir):
+    (run_dir / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        replay(run_dir, 5)
+
+
 def test_a_run_without_checkpoints_is_replayed_from_its_initial_weights(run_dir):
     for path in run_dir.glob("*.pt*"):
         path.unlink()

@@ -293,6 +293,13 @@ def test_where_rows_are_kept(monkeypatch, tmp_path):
     assert cache_directory() == tmp_path / "mine"
 
 
+def test_a_user_without_a_home_keeps_no_rows(monkeypatch, caplog):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    for variable in ("RIDGELINE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    assert cache_directory() is None and "RIDGELINE_CACHE=DIR names a place for them" in caplog.text
+
+
 def test_the_newest_entries_of_a_set_are_kept(cache):
     def kept(version: str, name: str = "set"):
         def fill(columns):

@@ -36,8 +36,19 @@ def test_another_recipe_is_refused_and_the_first_one_kept(tmp_path):
 def test_a_recipe_can_be_corrected_before_the_first_checkpoint(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.fix_recipe(dataclasses.replace(RECIPE, seed=9))
+    # it is written where a short stage begins
+    directory.stage_tail(1).write_bytes(b"")
     directory.fix_recipe(RECIPE)
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == RECIPE.seed
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt.previous", "stage1.pt", "stage12.pt", "step000500.pt"])
+def test_a_recipe_stays_with_every_state_that_stays(tmp_path, name):
+    directory = RunDirectory(tmp_path)
+    directory.fix_recipe(RECIPE)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(RunRefused, match=r"different: seed"):
+        directory.fix_recipe(dataclasses.replace(RECIPE, seed=9))
 
 
 def test_logs_can_be_cleared(tmp_path):
@@ -61,6 +72,21 @@ def test_logs_are_cut_back_to_the_step_and_half_lines_dropped(tmp_path):
 
 def test_a_log_that_is_not_there_is_empty(tmp_path):
     assert RunDirectory(tmp_path).read("metrics") == []
+
+
+@pytest.mark.parametrize("line", ["damaged", "3", "{}"])
+def test_a_damaged_file_is_named(tmp_path, line):
+    directory = RunDirectory(tmp_path)
+    directory.append("metrics", kind="train", step=1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    for read in (directory.read, lambda _log: directory.cut_logs(1)):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is damaged: "):
+            read("metrics")
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    (tmp_path / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        directory.fix_recipe(RECIPE)
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):

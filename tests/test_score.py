@@ -1,6 +1,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from perceiver.score import Job, Score, ScorePool, score_wireframe, summarize
 from perceiver.wireframe import Wireframe
 
+ROOT = Path(__file__).parent.parent
 GABLE_V3 = np.array([[0, 3, 0], [8, 3, 0], [8, 3, 6], [0, 3, 6], [0, 5, 3], [8, 5, 3]], float)
 GABLE_E2 = np.array([[0, 1], [1, 2], [2, 3], [3, 0], [0, 4], [3, 4], [1, 5], [2, 5], [4, 5]])
 GABLE = Wireframe(GABLE_V3, GABLE_E2)
@@ -75,6 +77,42 @@ def test_workers_leave_an_interrupt_to_the_process_that_owns_them(jobs, inline_s
         for pid in workers:
             os.kill(pid, signal.SIGINT)
         assert pool.score(jobs[:2]) == inline_scores[:2]
+
+
+OWNER = """
+import time
+from perceiver.score import ScorePool
+from tests.test_score import GABLE, Job
+if __name__ == "__main__":
+    pool = ScorePool(2)
+    pool.score([Job("a", GABLE, GABLE), Job("b", GABLE, GABLE)])
+    print(*pool._executor._processes, flush=True)
+    time.sleep(600)
+"""
+
+
+def runs(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_workers_end_with_an_owner_that_is_killed():
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+    ) as owner:
+        workers = [int(pid) for pid in owner.stdout.readline().split()]
+        assert len(workers) == 2 and all(map(runs, workers))
+        owner.kill()
+    deadline = time.monotonic() + 30
+    try:
+        while any(map(runs, workers)):
+            assert time.monotonic() < deadline, "a worker outlives its owner"
+            time.sleep(0.05)
+    finally:
+        for pid in filter(runs, workers):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_failing_scene_is_named_inline_too(jobs):

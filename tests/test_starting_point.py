@@ -44,6 +44,17 @@ def test_a_run_and_its_checkpoint_give_the_same_model(tmp_path, model, name):
     assert loaded.optimizer == {"state": {}}
 
 
+def test_an_older_checkpoint_does_not_stand_in_for_a_damaged_one_unasked(tmp_path, model):
+    for _ in range(2):
+        save(tmp_path / "checkpoint.pt", model)
+    (tmp_path / "checkpoint.pt").write_bytes(b"half a checkpo")
+    with pytest.raises(
+        CheckpointError, match=r"pt is damaged: .*; name .*checkpoint\.pt\.previous to take the one .* step 8"
+    ):
+        load_model(tmp_path)
+    assert same_weights(load_model(tmp_path / "checkpoint.pt.previous").model, model)
+
+
 def test_the_published_file_gives_a_model_without_optimizer(tmp_path):
     model = stirred(Perceiver(config_from_args(ARGS)))
     torch.save({"model": model.state_dict(), "args": ARGS}, tmp_path / "checkpoint.pt")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -81,6 +82,56 @@ def test_a_final_state_that_was_not_trained_so_is_found(run_dir):
     assert "step 20, state: computed" in verdict.sentence
 
 
+def forge_rows(certificate):
+    """Other dev rows, in all places that speak of them."""
+    certificate["data"][1]["dev_digest"] = "0" * 64
+    certificate["stages"][1]["parents"]["data"] = value_digest(certificate["data"][1])
+
+
+@pytest.mark.parametrize(
+    ("forge", "reason"),
+    [
+        (lambda c: c["stages"][2].update(weights="0" * 64), "its weights is"),
+        (lambda c: c["stages"][2].update(state="0" * 32), "its state is"),
+        (lambda c: c["stages"][2]["last"][-1].pop("state"), "step 20, state: computed"),
+        (lambda c: c["first"][3].pop("loss"), "step 4, loss: computed"),
+        (lambda c: c["first"][3].update(speed="0x1p+0"), "step 4, speed: computed nothing"),
+        (lambda c: c["stages"][1]["last"].pop(0), r"by its recipe its last must be .*\[9, 10, 11, 12\]"),
+        (lambda c: c["first"].clear(), r"its first must be \[1, .* 8\], it has \[\]"),
+        (lambda c: c.update(stages=[]), r"by its recipe its stages must be \[\(1, '64 points', 8\)"),
+        (lambda c: c["stages"].pop(), "by its recipe its stages must be"),
+        (lambda c: c["start"].update(stage=4), "no run of its recipe begins at stage 4"),
+        (lambda c: c["start"].update(step=8), "its start must be 0, it has 8"),
+        (forge_rows, "rows of stage 2, .*: their dev_digest is"),
+        (lambda c: c.update(scores={"checkpoint": {"weights": "0"}}), "its scores are of other weights"),
+    ],
+)
+@pytest.mark.parametrize("with_ends", [True, False], ids=["whole run", "tails only"])
+def test_a_forged_certificate_does_not_hold(run_dir, forge, reason, with_ends):
+    edit(run_dir / "certificate.json", forge)
+    for path in () if with_ends else run_dir.glob("stage?.pt"):
+        path.unlink()
+    verdict = verify(run_dir / "certificate.json")
+    assert verdict.exit_code == 1, verdict
+    assert re.search(reason, verdict.sentence)
+
+
+def test_another_file_for_the_end_of_a_stage_is_found(run_dir):
+    flip_one_bit(run_dir / "stage2.pt")
+    verdict = verify(run_dir / "certificate.json")
+    assert verdict.exit_code == 1
+    assert "stage2.pt: the digest of its state is" in verdict.sentence
+
+
+def test_scores_are_said_not_to_be_computed_again(run_dir):
+    edit(
+        run_dir / "certificate.json", lambda c: c.update(scores={"checkpoint": {"weights": c["stages"][2]["weights"]}})
+    )
+    verdict = verify(run_dir / "certificate.json")
+    assert verdict.exit_code == 0
+    assert "note: the scores were not computed again" in verdict.lines
+
+
 def test_exchanged_rows_are_found(finished, monkeypatch):
     real = train.replay.stage_data
 
@@ -96,7 +147,7 @@ def test_exchanged_rows_are_found(finished, monkeypatch):
     monkeypatch.setattr(train.replay, "stage_data", exchanged)
     verdict = verify(finished / "certificate.json")
     assert verdict.exit_code == 1
-    assert f"rows of stage 1, {tiny_recipe().stages[0].data}: their digest is ffff" in verdict.sentence
+    assert f"rows of stage 1, {tiny_recipe().stages[0].data}: their train_digest is ffff" in verdict.sentence
 
 
 def test_rows_that_cannot_be_had_cannot_be_checked(finished, monkeypatch):
@@ -159,6 +210,23 @@ def test_other_code_is_said(finished, tmp_path):
     edit(tmp_path / "certificate.json", other_code)
     note = verify(tmp_path / "certificate.json").lines[0]
     assert note.startswith("note: the code here is not the certificate's (") and "train/step.py" in note
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda c: c.pop("environment"), "no 'environment'|KeyError 'environment'"),
+        (lambda c: c["stages"][1].pop("tail"), "a stage has no 'tail'|KeyError 'tail'"),
+        (lambda c: c.update(kernels=None), "kernels must be an object, got None"),
+        (lambda c: c["first"].append(3), "TypeError"),
+        (lambda c: c["data"][0].pop("dev_digest"), "a line of its data has no 'dev_digest'"),
+    ],
+)
+def test_a_certificate_that_is_not_whole_cannot_be_checked_and_why_is_said(run_dir, spoil, reason):
+    edit(run_dir / "certificate.json", spoil)
+    verdict = verify(run_dir / "certificate.json")
+    assert verdict.exit_code == 2
+    assert re.search(f"is not a certificate: .*{reason}", verdict.sentence), verdict.sentence
 
 
 def test_what_is_no_certificate_cannot_be_checked(tmp_path):

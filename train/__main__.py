@@ -7,12 +7,14 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # cuBLAS reads it when CUDA starts, which may be before the recipe is known
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+from kernels.dispatch import IMPLEMENTATIONS
 from train.anatomy import KINDS
 from train.checkpoint import CheckpointError
 from train.compare import compare_runs
@@ -20,8 +22,9 @@ from train.config import Recipe, load_recipe
 from train.data import load_order_ids, load_scenes
 from train.determinism import EnvironmentRefused, Machine, enter
 from train.evaluate import SET_TITLES, evaluate_command, scores_path
-from train.loop import RunDiverged, RunStopped, run
-from train.predict import predict_command
+from train.loop import RunStopped, run
+from train.predict import check_out, predict_command
+from train.pulse import RunDiverged
 from train.replay import Verdict, recompute_update, replay
 from train.rundir import RunRefused
 from train.sources import SourceUri
@@ -133,6 +136,7 @@ def _add_model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     sub.add_argument("--strict", action="store_true", help="stop at a row that cannot be read")
     sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16"), help="default: the run's")
+    sub.add_argument("--impl", choices=IMPLEMENTATIONS, help="form of the operators (default: the run's)")
     sub.add_argument("--threads", type=int, help="of the CPU; part of the bits (default: the run's)")
 
 
@@ -142,10 +146,11 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         recipe = _override(recipe, ["--help"] if options.help_recipe else rest)
     if options.strict:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, strict=True))
-    run_dir = options.runs / (options.name or recipe.name)
+    run_dir = options.runs / _directory_name(recipe.name if options.name is None else options.name)
     if options.start_stage is not None and not options.start:
         raise ValueError("--start-stage must come with --from CHECKPOINT: which weights should the stage start from?")
-    start = load_start(options.start, options.start_stage or 1, recipe) if options.start else None
+    stage = 1 if options.start_stage is None else options.start_stage
+    start = load_start(options.start, stage, recipe) if options.start else None
     trained = run(
         recipe,
         run_dir,
@@ -157,6 +162,13 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     print(f"{run_dir} is {'complete' if trained else 'complete already; nothing was done'}")
     _report(run_dir)
     return 0
+
+
+def _directory_name(name: str) -> str:
+    """Refuse a name that would lead out of the directory of all runs, or be it."""
+    if name != Path(name).name or name in ("", ".."):
+        raise ValueError(f"--name must be the name of a directory below --runs, got {name!r}")
+    return name
 
 
 def _report(run_dir: Path) -> None:
@@ -175,14 +187,19 @@ def _override(recipe: Recipe, flags: list[str]) -> Recipe:
         import tyro
     except ImportError as error:
         raise ValueError(f"changing a recipe on the command line ({flags[0]}) needs the package tyro") from error
-    return tyro.cli(Recipe, default=recipe, args=flags, prog="python -m train run")
+    try:
+        return tyro.cli(Recipe, default=recipe, args=flags, prog="python -m train run")
+    except SystemExit as stop:
+        if stop.code:
+            print("train run: --help-recipe lists the recipe's values, --help the other flags", file=sys.stderr)
+        raise
 
 
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> int:
     loaded, machine = _load(options)
     set_name = options.set or _set_of(options.data)
     out = options.out or (options.model if options.model.is_dir() else options.model.parent)
-    _keep_other_scores(out, set_name, options.data)
+    _keep_other_scores(scores_path(out, set_name), options.data, loaded.record)
     evaluate_command(
         loaded.model.to(machine.device),
         load_scenes(options.data, strict=options.strict),
@@ -202,9 +219,9 @@ def _load(options: argparse.Namespace) -> tuple[LoadedModel, Machine]:
     """The model, and the arithmetic it was trained in unless flags say otherwise."""
     loaded = load_model(options.model)
     machine = enter(
-        threads=options.threads or loaded.threads,
+        threads=loaded.threads if options.threads is None else options.threads,
         precision=options.precision or loaded.precision,
-        impl=loaded.impl,
+        impl=options.impl or loaded.impl,
         device=options.device,
     )
     return loaded, machine
@@ -219,16 +236,28 @@ def _set_of(uri: str) -> str:
     raise ValueError(f"{uri} does not say which set it is: add #dev, or --set dev, validation or test")
 
 
-def _keep_other_scores(out: Path, set_name: str, source: str) -> None:
-    """Refuse to write over the scores of another source."""
-    path = scores_path(out, set_name)
-    if path.is_file():
-        kept = json.loads(path.read_text())["source"]
-        if SourceUri.parse(kept) != SourceUri.parse(source):
-            raise ValueError(f"{path} holds the scores of {kept}: name another directory with --out")
+def _keep_other_scores(path: Path, source: str, record: Mapping[str, Any]) -> None:
+    """Refuse to write over the scores of another source, or of weights that are not older ones."""
+    if not path.is_file():
+        return
+    try:
+        kept = json.loads(path.read_text())
+        other_source = SourceUri.parse(kept["source"]) != SourceUri.parse(source)
+        checkpoint = kept.get("checkpoint") or {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no scores ({error}): name another directory with --out") from error
+    if other_source:
+        raise ValueError(f"{path} holds the scores of {kept['source']}: name another directory with --out")
+    older = (checkpoint.get("step") or 0) < (record["step"] or 0)
+    if checkpoint.get("weights") != record["weights"] and not older:
+        raise ValueError(
+            f"{path} holds the scores of other weights, step {checkpoint.get('step')}: name another directory "
+            "with --out"
+        )
 
 
 def _predict(options: argparse.Namespace, _rest: list[str]) -> int:
+    check_out(options.out)
     loaded, machine = _load(options)
     predict_command(
         loaded.model.to(machine.device),

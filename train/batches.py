@@ -1,10 +1,12 @@
 """Which rows an update trains on: a pure function of the recipe, the data and the step; for training and for replay."""
 
+from typing import Any
+
 import torch
 
 from perceiver.scene import SceneBatch
 from train.config import ROOT, Recipe
-from train.data import StageData, load_stage_data
+from train.data import StageData, count_train_rows, load_stage_data
 from train.order import batch_indices, batches_per_epoch, epoch_order
 
 
@@ -14,15 +16,35 @@ def stage_data(recipe: Recipe, number: int, *, progress: bool = False) -> StageD
     Raises:
         SourceError, RowError: see `load_stage_data`.
     """
-    bad = recipe.data.bad_samples
     return load_stage_data(
-        recipe.stages[number - 1].data,
-        dev_uris=[stage.data for stage in recipe.stages],
-        bad_samples=ROOT / bad if bad else None,
-        strict=recipe.data.strict,
-        published_split=recipe.data.published_split,
-        progress=progress,
+        recipe.stages[number - 1].data, strict=recipe.data.strict, progress=progress, **_kept_out(recipe)
     )
+
+
+def check_batches(recipe: Recipe) -> None:
+    """Check that every stage has the rows that its batch takes, before the first of them is trained.
+
+    Raises:
+        ValueError: names the stage's batch.
+        SourceError: see `count_train_rows`.
+    """
+    rows = {uri: count_train_rows(uri, **_kept_out(recipe)) for uri in {stage.data: None for stage in recipe.stages}}
+    for i, stage in enumerate(recipe.stages):
+        if stage.batch > rows[stage.data]:
+            raise ValueError(
+                f"stages.{i}.batch must be at most {rows[stage.data]:,}, the rows that {stage.data} has to train on, "
+                f"got {stage.batch:,}"
+            )
+
+
+def _kept_out(recipe: Recipe) -> dict[str, Any]:
+    """What the stages of a recipe do not train on."""
+    bad = recipe.data.bad_samples
+    return {
+        "dev_uris": [stage.data for stage in recipe.stages],
+        "bad_samples": ROOT / bad if bad else None,
+        "published_split": recipe.data.published_split,
+    }
 
 
 class StageBatches:

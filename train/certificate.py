@@ -16,7 +16,7 @@ Format 2 is one JSON object:
     stages        per stage: stage, name, step (its end), weights (SHA-256), state (digest of weights and optimizer),
                   tail (step and state of stage<k>_tail.pt, 20 updates before the end), last (trace lines after it),
                   parents: digests of what the state was computed from: the state before, recipe, code, data
-    scores        the final scores, or null
+    scores        the scores of the last stage's weights on its dev set, or null
 
 Digests of states and the form of trace lines are those of `train.trace`. `python -m train verify certificate.json`
 checks it. Nothing in it varies between two runs of one recipe on one kind of machine.
@@ -34,10 +34,11 @@ from typing import Any
 import torch
 
 from train.checkpoint import write_atomically
-from train.config import ROOT, Recipe, recipe_to_dict
+from train.config import ROOT, Recipe, read_object, recipe_to_dict
 from train.determinism import Machine, triton_version
 from train.rundir import RunDirectory
-from train.trace import CHECKED_STEPS, Line
+from train.sources import SourceUri
+from train.trace import CHECKED_STEPS, Line, tail_of
 
 FORMAT = 2
 _ROOMS = ("configs", "kernels", "perceiver", "train")
@@ -46,8 +47,16 @@ _SOURCES = (".py", ".json", ".txt", ".html")
 _ALLOCATED, _WITHOUT_BYTES = 2, 8
 
 
+_KEYS = ("format", "recipe", "environment", "code", "kernels", "start", "data", "first", "stages", "scores")
+_STAGE_KEYS = ("stage", "name", "step", "weights", "state", "tail", "last", "parents")
+
+
 class CertificateError(ValueError):
-    """A certificate that cannot be read, or that contradicts itself: says where."""
+    """A certificate that cannot be read: says why."""
+
+
+class Contradiction(CertificateError):
+    """A certificate that contradicts itself: says where."""
 
 
 def write_certificate(
@@ -64,11 +73,10 @@ def write_certificate(
     metrics, trace = directory.read("metrics"), directory.read("trace")
     digest = value_digest(code)
     start = _only(trace, kind="start")
-    scores = directory.path / "scores.json"
     stages: list[dict[str, Any]] = []
     data = [{k: v for k, v in line.items() if k not in ("kind", "step")} for line in metrics if line["kind"] == "data"]
     for number, stage in enumerate(recipe.stages[start["stage"] - 1 :], start=start["stage"]):
-        tail = max(stage.until - CHECKED_STEPS, recipe.start_of(number - 1))
+        tail = tail_of(recipe, number)
         before = stages[-1]["state"] if stages else start["state"]
         rows = next(line for line in data if line["stage"] == number)
         stages.append(
@@ -99,45 +107,62 @@ def write_certificate(
         "data": data,
         "first": _updates(trace, start["step"], first_end),
         "stages": stages,
-        "scores": json.loads(scores.read_text()) if scores.is_file() else None,
+        "scores": _scores(directory.path / "scores.json", recipe, stages[-1]["weights"]),
     }
     write_atomically(directory.path / "certificate.json", (json.dumps(certificate, indent=1) + "\n").encode())
     return certificate
 
 
 def read_certificate(path: Path) -> dict[str, Any]:
-    """Read a certificate and check that the parents of its stages are what it says elsewhere.
+    """Read a certificate and check that it is whole, and that the parents of its stages are what it says elsewhere.
 
     Raises:
-        CertificateError: it is not there, is no certificate, is of another format, or contradicts itself.
+        CertificateError: it is not there, is no certificate, or is of another format.
+        Contradiction: it contradicts itself.
     """
     try:
         certificate = json.loads(path.read_text())
         if certificate["format"] != FORMAT:
             raise CertificateError(f"{path} is a certificate of format {certificate['format']}, known is {FORMAT}")
-        if value_digest(certificate["code"]["files"]) != certificate["code"]["digest"]:
-            raise CertificateError(f"{path} contradicts itself: its code has another digest than its files give")
-        before = certificate["start"]["state"]
-        for stage in certificate["stages"]:
-            rows = next(line for line in certificate["data"] if line["stage"] == stage["stage"])
-            said = {
-                "state": before,
-                "recipe": value_digest(certificate["recipe"]),
-                "code": certificate["code"]["digest"],
-                "data": value_digest(rows),
-            }
-            wrong = [name for name, value in said.items() if stage["parents"][name] != value]
-            if wrong:
-                raise CertificateError(
-                    f"{path} contradicts itself: stage {stage['stage']} was computed from another {wrong[0]} "
-                    f"({stage['parents'][wrong[0]]}) than it holds ({said[wrong[0]]})"
-                )
-            before = stage["state"]
+        _check_form(certificate)
+        wrong = _contradiction(certificate)
     except CertificateError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise CertificateError(f"{path} is not a certificate: {type(error).__name__} {error}") from error
+    if wrong:
+        raise Contradiction(f"{path} contradicts itself: {wrong}")
     return certificate
+
+
+def check_extent(path: Path, certificate: Mapping[str, Any], recipe: Recipe) -> None:
+    """Check that a certificate has lines of the very updates and stages that its recipe and its start ask for.
+
+    Raises:
+        CertificateError: a part of it has another form.
+        Contradiction: lines are missing, or of others.
+    """
+    try:
+        said = _said_extent(certificate)
+        start, numbers = certificate["start"], range(certificate["start"]["stage"], len(recipe.stages) + 1)
+        if start["stage"] < 1 or not numbers or (start["stage"] > 1 and not start["from"]):
+            raise Contradiction(f"{path} contradicts itself: no run of its recipe begins at stage {start['stage']}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CertificateError(f"{path} is not a certificate: {type(error).__name__} {error}") from error
+    step, ends = recipe.start_of(start["stage"] - 1), {n: recipe.stages[n - 1].until for n in numbers}
+    implied = {
+        "start": step,
+        "first": list(range(step + 1, min(step + CHECKED_STEPS, ends[start["stage"]]) + 1)),
+        "data": [(n, recipe.stages[n - 1].data) for n in numbers],
+        "stages": [(n, recipe.stages[n - 1].name, ends[n]) for n in numbers],
+        "tails": [tail_of(recipe, n) for n in numbers],
+        "last": [list(range(tail_of(recipe, n) + 1, ends[n] + 1)) for n in numbers],
+    }
+    for name, value in implied.items():
+        if said[name] != value:
+            raise Contradiction(
+                f"{path} contradicts itself: by its recipe its {name} must be {value}, it has {said[name]}"
+            )
 
 
 def code_files(root: Path = ROOT) -> dict[str, str]:
@@ -216,6 +241,73 @@ def machine_code_digest(cubin: bytes) -> str:
             content = b"" if kind == _WITHOUT_BYTES else cubin[offset : offset + length]
             digest.update(strings[name : strings.index(0, name)] + b" %d\n" % length + content)
     return digest.hexdigest()
+
+
+def _check_form(certificate: Mapping[str, Any]) -> None:
+    """Name the first part that is missing."""
+    parts: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("it", certificate, _KEYS),
+        ("environment", certificate["environment"], ("device", "precision", "impl")),
+        ("kernels", certificate["kernels"], ("cubins",)),
+        ("start", certificate["start"], ("step", "stage", "from", "state")),
+    ]
+    rows = ("stage", "uri", "train_digest", "dev_digest")
+    parts += [("a line of its data", line, rows) for line in certificate["data"]]
+    for stage in certificate["stages"]:
+        parts += [("a stage", stage, _STAGE_KEYS), ("the tail of a stage", stage["tail"], ("step", "state"))]
+    for where, part, keys in parts:
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{where} must be an object, got {part!r}")
+        if missing := [key for key in keys if key not in part]:
+            raise ValueError(f"{where} has no {missing[0]!r}")
+
+
+def _contradiction(certificate: Mapping[str, Any]) -> str | None:
+    """Where it says two things of one."""
+    if value_digest(certificate["code"]["files"]) != certificate["code"]["digest"]:
+        return "its code has another digest than its files give"
+    before, weights = certificate["start"]["state"], None
+    for stage in certificate["stages"]:
+        rows = next(line for line in certificate["data"] if line["stage"] == stage["stage"])
+        said = {
+            "state": before,
+            "recipe": value_digest(certificate["recipe"]),
+            "code": certificate["code"]["digest"],
+            "data": value_digest(rows),
+        }
+        if wrong := [name for name, value in said.items() if stage["parents"][name] != value]:
+            return (
+                f"stage {stage['stage']} was computed from another {wrong[0]} "
+                f"({stage['parents'][wrong[0]]}) than it holds ({said[wrong[0]]})"
+            )
+        before, weights = stage["state"], stage["weights"]
+    scores = certificate["scores"]
+    if scores and (scores["checkpoint"] or {}).get("weights") != weights:
+        return "its scores are of other weights than those of its last stage"
+    return None
+
+
+def _said_extent(certificate: Mapping[str, Any]) -> dict[str, Any]:
+    """Which updates and stages a certificate has lines of."""
+    stages = certificate["stages"]
+    return {
+        "start": certificate["start"]["step"],
+        "first": [line["step"] for line in certificate["first"]],
+        "data": [(line["stage"], line["uri"]) for line in certificate["data"]],
+        "stages": [(stage["stage"], stage["name"], stage["step"]) for stage in stages],
+        "tails": [stage["tail"]["step"] for stage in stages],
+        "last": [[line["step"] for line in stage["last"]] for stage in stages],
+    }
+
+
+def _scores(path: Path, recipe: Recipe, weights: str) -> dict[str, Any] | None:
+    """The scores of a run; None where those in its directory are of other weights or rows, as `evaluate` may leave."""
+    if not recipe.evaluate.score or not path.is_file():
+        return None
+    scores = read_object(path)
+    ours = (scores["checkpoint"] or {}).get("weights") == weights
+    dev = SourceUri.parse(recipe.stages[-1].data).with_part("dev")
+    return scores if ours and SourceUri.parse(scores["source"]) == dev else None
 
 
 def _updates(trace: Iterable[Line], after: int, until: int) -> list[Line]:

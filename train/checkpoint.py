@@ -1,15 +1,18 @@
 """Checkpoints that survive a crash: weights, optimizer, step and the recipe they belong to.
 
-A checkpoint is written to a temporary file, flushed to the disk, and renamed; `<name>.sha256` holds the digest of its
-bytes; the one before it is kept as `<name>.previous`. A damaged or half-written file is recognised by its digest and
-the previous one is used. There is no random state to save: all randomness is a function of the step.
+A checkpoint is written to `<name>.new`, flushed to the disk, and renamed; the one before it is kept as
+`<name>.previous`. The file ends with the SHA-256 of its other bytes, as the comment of the zip archive that
+`torch.save` writes: no crash can part the two. A damaged or half-written file is recognised by it and the previous one
+is used. There is no random state to save: all randomness is a function of the step.
+
+Files of before 2026-11-27 have their digest beside them, as `<name>.sha256`, and are read as well.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,8 @@ from typing import Any
 import torch
 
 FORMAT = 1
+_MARK = b"ridgeline sha256 "
+_HEX = 64
 
 
 class CheckpointError(ValueError):
@@ -48,23 +53,22 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint so that a crash at any moment leaves a usable one.
+    """Write a checkpoint so that a crash at any moment, also one after another, leaves a usable one.
 
     Raises:
         OSError: the disk refused; the checkpoint that was there is untouched.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **checkpoint.__dict__}, buffer)
-    data = buffer.getvalue()
-    _replace(_digest_file(path, ".new"), _sha256(data).encode())
-    temporary = path.with_name(path.name + ".new")
-    _replace(temporary, data)
+    temporary, previous = path.with_name(path.name + ".new"), path.with_name(path.name + ".previous")
+    if not path.exists() and _is_usable(temporary):
+        # a crash came between the renames below: this is the newest state there is
+        _rename(temporary, path)
+    _digest_file(temporary).unlink(missing_ok=True)
+    _replace(temporary, _sealed(buffer.getvalue()))
     if path.exists():
-        os.replace(path, path.with_name(path.name + ".previous"))
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(_digest_file(path), _digest_file(path, ".previous"))
-    os.replace(temporary, path)
-    os.replace(_digest_file(path, ".new"), _digest_file(path))
+        _rename(path, previous)
+    _rename(temporary, path)
     _flush_directory(path.parent)
 
 
@@ -77,14 +81,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     data = path.read_bytes()
-    digest_file = _digest_file(path)
-    if digest_file.is_file() and digest_file.read_text().strip() != _sha256(data):
-        raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not have the digest in {digest_file.name}")
+    digests = _digests(path, data)
+    if digests and digests[0] != digests[1]:
+        raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not have the digest {digests[2]}")
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-        raise CheckpointError(f"checkpoint {path} cannot be read ({reason})") from error
+        raise CheckpointError(f"checkpoint {path} is damaged: it cannot be read ({reason})") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this program, or of another format than {FORMAT}")
     names = {field.name for field in dataclasses.fields(Checkpoint)}
@@ -104,7 +108,8 @@ def load_newest(path: Path) -> tuple[Checkpoint, str | None] | None:
     new, previous = (path.with_name(path.name + suffix) for suffix in (".new", ".previous"))
     problems: list[str] = []
     # a half-written .new is what a crash leaves; it counts only where `path` has already been moved away
-    for candidate in (path, previous) if path.is_file() else (new, previous):
+    # (and again `path`: a save may end while this looks)
+    for candidate in (path, previous) if path.is_file() else (new, path, previous):
         if not candidate.is_file():
             continue
         try:
@@ -135,8 +140,41 @@ def _replace(path: Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _digest_file(path: Path, suffix: str = "") -> Path:
-    return path.with_name(path.name + suffix + ".sha256")
+def _rename(path: Path, to: Path) -> None:
+    """Rename a checkpoint; the digest beside one of an earlier version goes before it."""
+    if _digest_file(path).exists():
+        os.replace(_digest_file(path), _digest_file(to))
+    else:
+        _digest_file(to).unlink(missing_ok=True)
+    os.replace(path, to)
+
+
+def _is_usable(path: Path) -> bool:
+    try:
+        load_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _sealed(archive: bytes) -> bytes:
+    """A zip archive without a comment, as `torch.save` writes it, with the SHA-256 of all before it as its comment."""
+    assert archive[-2:] == b"\0\0"
+    data = archive[:-2] + struct.pack("<H", len(_MARK) + _HEX) + _MARK
+    return data + _sha256(data).encode()
+
+
+def _digests(path: Path, data: bytes) -> tuple[str, str, str] | None:
+    """The digest that a checkpoint should have, the one it has, and where the first stands; None if nowhere."""
+    end = data.rfind(_MARK, max(len(data) - len(_MARK) - _HEX, 0)) + len(_MARK)
+    if end >= len(_MARK):
+        return data[end:].decode("ascii", "replace"), _sha256(data[:end]), "at their end"
+    beside = _digest_file(path)
+    return (beside.read_text().strip(), _sha256(data), f"in {beside.name}") if beside.is_file() else None
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
 
 
 def _sha256(data: bytes) -> str:

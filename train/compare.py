@@ -9,6 +9,7 @@ the state after it. Digests at the nearest checkpoints, and the checkpoints, nam
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from train.anatomy import KINDS, Anatomy, differing_tensors
 from train.checkpoint import load_checkpoint
-from train.config import differing_keys
+from train.config import differing_keys, read_object
 from train.replay import CannotCheck, initial_weights, readable, recompute_update
 from train.rundir import RunRefused, read_log, whole_lines
 from train.trace import Line, in_order, state_tensors
@@ -47,7 +48,7 @@ def compare_runs(
             the time of the updates since the nearest checkpoint, and puts the process into the runs' state.
         say: receives a line before each recomputation.
     Raises:
-        RunRefused: a directory holds no run.
+        RunRefused: a directory holds no run, or the two have neither a step nor a checkpoint in common.
         CheckpointError: a kept checkpoint is damaged.
     """
     a, b = Path(run_a), Path(run_b)
@@ -58,15 +59,17 @@ def compare_runs(
     traces = [read_log(path / "trace.jsonl") if (path / "trace.jsonl").is_file() else [] for path in (a, b)]
     metrics = _first_differing_line(*lines)
     first, trace = _first_differing_step(*traces)
-    stages = [sorted(p.name for p in path.glob("stage[0-9].pt")) for path in (a, b)]
+    stages = [[name for name in _kept(path) if re.fullmatch(r"stage\d+\.pt", name)] for path in (a, b)]
     differences = [*filter(None, [metrics]), *trace]
     if stages[0] != stages[1]:
         differences.append(
             f"finished stages: {', '.join(stages[0]) or 'none'} against {', '.join(stages[1]) or 'none'}"
         )
     tensors = _differing_checkpoints(a, b)
+    steps = len(_steps(traces[0]) & _steps(traces[1]))
     if not differences and not tensors:
-        steps = sum(line["kind"] == "step" for line in traces[0])
+        if not steps and not set(_kept(a)) & set(_kept(b)):
+            raise RunRefused(f"{a} and {b} cannot be compared: they have no traced step and no checkpoint in common")
         traced = f"{steps:,} traced steps, " if steps else ""
         return Comparison(
             sentence=f"{a} and {b} are identical: {len(lines[0]):,} lines of metrics, {traced}and the weights and "
@@ -76,6 +79,16 @@ def compare_runs(
     again = _made_again(a, b, first[0], first[1], say or (lambda _line: None)) if first and recompute else []
     where = f"step {first[1]:,} is the first that differs: " if first else ""
     return Comparison(sentence=f"{where}{a} and {b} differ", differences=(*differences, *again, *causes, *tensors))
+
+
+def _kept(path: Path) -> list[str]:
+    """The names of the checkpoints that a run keeps, in the order of stages and steps."""
+    names = [p.name for p in path.glob("*.pt") if re.fullmatch(r"stage\d+(_tail)?|step\d+", p.stem)]
+    return sorted(names, key=lambda name: (len(name), name))
+
+
+def _steps(trace: Sequence[Line]) -> set[int]:
+    return {line["step"] for line in trace if line["kind"] == "step"}
 
 
 def _first_differing_line(a: list[str], b: list[str]) -> str | None:
@@ -164,10 +177,8 @@ def _first_of_each_kind(a: Anatomy, b: Anatomy, step: int) -> Iterator[str]:
 
 def _differing_checkpoints(a: Path, b: Path) -> list[str]:
     """What differs in the checkpoints that both runs keep."""
-    patterns = ("stage[0-9]_tail.pt", "stage[0-9].pt", "step*.pt")
-    names = {p.name for pattern in patterns for p in a.glob(pattern) if (b / p.name).is_file()}
     found: list[tuple[int, list[str]]] = []
-    for name in sorted(names):
+    for name in (name for name in _kept(a) if (b / name).is_file()):
         x, y = (load_checkpoint(path / name) for path in (a, b))
         tensors = [state_tensors(state.model, state.optimizer) for state in (x, y)]
         found.append((x.step, [f"{name}: {text}" for text in differing_tensors(*tensors)]))
@@ -178,10 +189,10 @@ def _differing_recipe(a: Path, b: Path) -> list[str]:
     """The values of the recipes that differ."""
     if not all((path / "config.json").is_file() for path in (a, b)):
         return []
-    recipes = [json.loads((path / "config.json").read_text()) for path in (a, b)]
+    recipes = [read_object(path / "config.json") for path in (a, b)]
     return [
         f"recipe: {key} {_value(recipes[0], key)!r} against {_value(recipes[1], key)!r}"
-        for key in differing_keys(*recipes)
+        for key in differing_keys(recipes[0], recipes[1])
     ]
 
 

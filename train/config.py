@@ -54,7 +54,8 @@ class StageConfig:
 class EvaluateConfig:
     """When and how a run scores itself. `every` is in steps; 0 scores at the ends of stages only.
 
-    scenes: of the dev set, the first so many, between the ends of stages; a stage's end scores the whole set.
+    scenes: of the dev set, the first so many, between the ends of stages; a stage's end scores the whole set. The
+        losses on training and dev rows are of the first so many at any time; `scenes` in a log counts the scored.
     workers: processes that compute the score; the result does not depend on it.
     score: False leaves the wireframe score out and keeps the dev loss (a machine without hoho2025).
     """
@@ -150,8 +151,23 @@ def load_recipe(name: str | Path) -> Recipe:
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json") if p.stem != "base"))
         raise ValueError(f"recipe {str(name)!r} does not exist; known recipes: {known}")
     base = path.parent / "base.json"
-    values = _merge(_read(base) if base.is_file() else {}, _read(path))
+    values = _merge(read_object(base) if base.is_file() else {}, read_object(path))
     return recipe_from_dict({"name": path.stem, **values})
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: it holds something else; names the file.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
@@ -180,13 +196,6 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "")
         elif left != right:
             names.append(prefix + key)
     return names
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

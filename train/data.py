@@ -124,26 +124,12 @@ def load_stage_data(
         RowError: strict and a row is undecodable; or rows differ in their number of points.
     Determinism: depends on the arguments and the data only.
     """
-    uri = SourceUri.parse(uri)
-    if uri.part not in (None, "train"):
-        raise SourceError(
-            f"{uri}: a stage trains on a set's train part and holds out its dev part; leave out #{uri.part}"
-        )
-    source = open_rows(uri)
-    bad = read_bad_samples(bad_samples) if bad_samples else frozenset()
-    held_out = frozenset() if published_split else _dev_order_ids(source, dev_uris)
-    numbers, dropped_bad, dropped_leak = [], 0, 0
-    for i in source.span("train"):
-        if source.order_ids[i] in bad:
-            dropped_bad += 1
-        elif source.order_ids[i] in held_out:
-            dropped_leak += 1
-        else:
-            numbers.append(i)
+    source = open_rows(_stage_uri(uri))
+    numbers, dropped_bad, dropped_leak = _chosen(source, dev_uris, bad_samples, published_split)
     dev = _load_dev(source, strict=strict, progress=progress)
     train = _load_train(source, numbers, strict=strict, progress=progress)
     if train.rows.xyz_BT3.shape[1] != dev.rows.xyz_BT3.shape[1]:
-        raise SourceError(f"{uri}: its train and dev parts differ in their number of points")
+        raise SourceError(f"{source.uri}: its train and dev parts differ in their number of points")
     counts = Counts(
         rows=len(source),
         trained_on=len(train),
@@ -152,7 +138,22 @@ def load_stage_data(
         dropped_leak=dropped_leak,
         undecodable=len(source) - dropped_bad - dropped_leak - len(train) - len(dev),
     )
-    return StageData(uri=uri.with_part(None), train=train, dev=dev, counts=counts)
+    return StageData(uri=source.uri.with_part(None), train=train, dev=dev, counts=counts)
+
+
+def count_train_rows(
+    uri: str | SourceUri,
+    *,
+    dev_uris: Sequence[str | SourceUri] = (),
+    bad_samples: Path | None = None,
+    published_split: bool = False,
+) -> int:
+    """Return how many rows `load_stage_data` would train on if it could decode all of them; decodes none.
+
+    Raises:
+        SourceError: see `open_rows`; the URI names another part.
+    """
+    return len(_chosen(open_rows(_stage_uri(uri)), dev_uris, bad_samples, published_split)[0])
 
 
 def load_scenes(uri: str | SourceUri, *, truth: bool = True, strict: bool = False) -> list[Scene]:
@@ -160,10 +161,11 @@ def load_scenes(uri: str | SourceUri, *, truth: bool = True, strict: bool = Fals
 
     Args:
         uri: the source; without a part all rows are meant.
-        truth: whether ground truth must be there. If False, rows without any are accepted too.
+        truth: whether ground truth must be there. If False, rows without any are accepted too, and it is no error
+            if none is usable.
         strict: raise at the first undecodable row instead of leaving it out with a warning.
     Raises:
-        SourceError: see `open_rows`; or no row is usable.
+        SourceError: see `open_rows`; or no row is usable for its truth.
         RowError: strict and a row is undecodable.
     """
     uri = SourceUri.parse(uri)
@@ -171,7 +173,7 @@ def load_scenes(uri: str | SourceUri, *, truth: bool = True, strict: bool = Fals
     failed: list[RowError] = []
     scenes = list(_decode(source, source.span(uri.part), failed, truth=truth, strict=strict))
     _complain(uri, failed)
-    if not scenes:
+    if truth and not scenes:
         raise SourceError(f"{uri}: has no usable rows")
     return scenes
 
@@ -267,6 +269,32 @@ def _edge_pieces(vertices_V3: np.ndarray, edges_E2: np.ndarray) -> tuple[np.ndar
         middles.append(start + (np.arange(pieces)[:, None] + 0.5) / pieces * (end - start))
         weights_m.append(np.full(pieces, length_m / pieces))
     return np.concatenate(middles), np.concatenate(weights_m)
+
+
+def _stage_uri(uri: str | SourceUri) -> SourceUri:
+    uri = SourceUri.parse(uri)
+    if uri.part not in (None, "train"):
+        raise SourceError(
+            f"{uri}: a stage trains on a set's train part and holds out its dev part; leave out #{uri.part}"
+        )
+    return uri
+
+
+def _chosen(
+    source: Rows, dev_uris: Sequence[str | SourceUri], bad_samples: Path | None, published_split: bool
+) -> tuple[list[int], int, int]:
+    """The numbers of the rows to train on; how many are left out as bad, and for being in a dev part."""
+    bad = read_bad_samples(bad_samples) if bad_samples else frozenset()
+    held_out = frozenset() if published_split else _dev_order_ids(source, dev_uris)
+    numbers, dropped_bad, dropped_leak = [], 0, 0
+    for i in source.span("train"):
+        if source.order_ids[i] in bad:
+            dropped_bad += 1
+        elif source.order_ids[i] in held_out:
+            dropped_leak += 1
+        else:
+            numbers.append(i)
+    return numbers, dropped_bad, dropped_leak
 
 
 def _dev_order_ids(source: Rows, dev_uris: Sequence[str | SourceUri]) -> frozenset[str]:

@@ -76,9 +76,11 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
         impl: of the operators: auto (triton on a GPU from sm_80, else eager), eager, triton.
         device: "cpu", "cuda" or "cuda:N"; None takes a GPU where there is one.
     Raises:
-        ValueError: an argument names something this machine does not have.
+        ValueError: an argument names something this machine does not have, or no thread.
         EnvironmentRefused: a variable makes libraries choose other code, or a setting comes too late to change.
     """
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda":
         if not torch.cuda.is_available():

@@ -15,8 +15,9 @@ CPU that shares its cores between training and scoring both become many times sl
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,8 +77,8 @@ def predict_wireframes(
 
     Args:
         model: on the machine's device; its training mode is restored.
-        scenes: of equal point number; their ground truth is not read.
-        batch: scenes per forward pass.
+        scenes: their ground truth is not read.
+        batch: scenes per forward pass, at most; those of a pass follow each other and have equal numbers of points.
     Raises:
         ValueError: if `batch` is below 1, or a prediction is not finite (names the scene).
     Determinism: equal model, scenes, batch and machine give equal bits.
@@ -88,8 +89,7 @@ def predict_wireframes(
     model.eval()
     wireframes = []
     try:
-        for start in range(0, len(scenes), batch):
-            chunk = scenes[start : start + batch]
+        for chunk in _chunks(scenes, batch):
             segments = _forward(model, stack_scenes(chunk), machine)
             endpoints_BN23 = segments.endpoints().double().cpu().numpy()
             conf_BN = segments.conf_BN.double().cpu().numpy()
@@ -248,6 +248,14 @@ def evaluate_command(
     )
     print(f"written to {path} and {path.with_suffix('.csv').name}")
     return evaluation
+
+
+def _chunks(scenes: Sequence[Scene], batch: int) -> Iterator[list[Scene]]:
+    """The scenes in their order, in pieces that can be stacked."""
+    for _, group in groupby(scenes, key=lambda scene: len(scene.mask)):
+        equal = list(group)
+        for start in range(0, len(equal), batch):
+            yield equal[start : start + batch]
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ and the recipe. A run can therefore stop anywhere and go on from its checkpoint 
 stopped: its logs are cut back to the checkpoint and written again.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 
 from perceiver.model import Perceiver
 from perceiver.score import ScorePool, require_scorer
-from train.batches import StageBatches, stage_data
+from train.batches import StageBatches, check_batches, stage_data
 from train.certificate import code_files, describe_environment, loaded_cubins, write_certificate
-from train.checkpoint import Checkpoint, load_newest, save_checkpoint, tensors_digest
+from train.checkpoint import Checkpoint, save_checkpoint, tensors_digest
 from train.config import Recipe, StageConfig, recipe_to_dict
 from train.data import StageData, describe_coverage
 from train.determinism import Machine, check_state, enter
@@ -25,19 +24,13 @@ from train.evaluate import Evaluation, evaluate, format_scores, write_scores
 from train.examples import write_examples
 from train.graph import StageUpdates
 from train.optim import build_optimizer, learning_rate, load_optimizer_state
+from train.pulse import require_finite, require_matching, require_temperature, temperature
 from train.rundir import RunDirectory, RunRefused
 from train.signals import RunStopped, signals_noted
 from train.speed import StepClock
-from train.starting_point import StartPoint
+from train.starting_point import StartPoint, load_state
 from train.step import StepResult, mean_loss
 from train.trace import CHECKED_STEPS, Trace, state_tensors
-
-COLLAPSED_MASS = 0.05
-MAX_TEMPERATURE = 55.0
-
-
-class RunDiverged(RuntimeError):
-    """Training cannot go on: says what was seen and what usually causes it."""
 
 
 def run(
@@ -50,7 +43,7 @@ def run(
     progress: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> bool:
-    """Train a recipe in a directory, from its checkpoint where there is one.
+    """Train a recipe in a directory, from the newest state that is there, see `load_state`.
 
     Args:
         recipe: what to train.
@@ -63,9 +56,11 @@ def run(
     Returns:
         False if the directory already held the complete run.
     Raises:
+        ValueError: a stage has fewer rows than its batch takes, or its data cannot be had.
         RunRefused: the directory is in use, cannot be written, or holds something else.
         RunStopped: SIGINT or SIGTERM; the state is saved.
-        RunDiverged: the loss is not finite, everything went to the dustbin, or a temperature left its range.
+        RunDiverged: a value is not finite, everything goes to the dustbin after a warm-up and 500 updates of a stage,
+            or a temperature left its range; what diverged was not saved.
         ImportError: the recipe asks for a score and the package hoho2025 is not installed.
         EnvironmentRefused: the process is not deterministic, see `enter`.
         OSError: the disk refused; the last checkpoint is untouched and the run goes on from it.
@@ -77,13 +72,13 @@ def run(
     if recipe.evaluate.score:
         require_scorer()
     with directory.locked(), ScorePool(recipe.evaluate.workers) as pool:
-        directory.fix_recipe(recipe)
         trainer = _Trainer(
             recipe, directory, machine, pool, graph=graph, progress=progress, say=say or _print_above_the_bar
         )
         trainer.restore(start)
         if trainer.step == recipe.stages[-1].until:
             return False
+        check_batches(recipe)
         trainer.note_process()
         with signals_noted() as caught:
             for number, stage in enumerate(recipe.stages, start=1):
@@ -119,17 +114,20 @@ class _Trainer:
         self.trace = Trace(recipe, lambda lines: directory.extend("trace", lines))
         self.code = code_files()
         self.step = 0
+        # of the newest update
+        self._result: StepResult | None = None
         self._data: StageData | None = None
         self._data_uri = ""
         self._cubins: dict[str, dict[str, dict[str, int]]] = {}
 
     def restore(self, start: StartPoint | None) -> None:
-        """Take the state of the newest checkpoint, or of `start`, or the initial one; cut the logs back to it."""
-        found = load_newest(self.directory.checkpoint)
+        """Take the newest state of the run, or that of `start`, or the initial one; cut the logs back to it."""
+        found = load_state(self.directory, self.recipe)
+        self.directory.fix_recipe(self.recipe)
         if found:
-            checkpoint, damage = found
-            if damage:
-                self.say(f"{damage}; going on from the one before it, step {checkpoint.step:,}")
+            checkpoint, why = found
+            if why:
+                self.say(why)
             if checkpoint.machine != self.machine.record():
                 raise RunRefused(
                     f"run directory {self.directory.path} was computed with {dict(checkpoint.machine)}, this process "
@@ -189,8 +187,13 @@ class _Trainer:
             self._save(self.directory.stage_tail(number))
         with self._bar(number, stage, first) as bar:
             while self.step < stage.until:
+                try:
+                    result = self._result = updates(self.step + 1)
+                except ValueError:
+                    # an operator refused what a weight has become
+                    self._require_healthy()
+                    raise
                 self.step += 1
-                result = updates(self.step)
                 self.trace.step(self.step, number, result, learning_rate(self.step, stage), self._state)
                 bar.update()
                 if self.step % self.recipe.log_every == 0 or self.step == stage.until:
@@ -260,7 +263,11 @@ class _Trainer:
             write_certificate(self.directory, self.recipe, self.machine, self.code)
 
     def _evaluate(self, number: int, stage: StageConfig, data: StageData, *, scenes: int) -> Evaluation | None:
-        """Log the loss on training and dev scenes without noise, and the score of the dev scenes."""
+        """Log the loss on training and dev scenes without noise, and the score of the first `scenes` dev scenes.
+
+        The losses are always of the first `evaluate.scenes` rows: those of a stage's end fit the curve before it.
+        """
+        self._require_healthy()
         recipe, count = self.recipe, min(scenes, len(data.dev))
         losses = [
             mean_loss(self.model, rows, recipe=recipe, machine=self.machine, endpoint_weight=stage.endpoint_weight)
@@ -290,7 +297,8 @@ class _Trainer:
             **(evaluation.summary if evaluation else {}),
         )
         score = f", HSS {evaluation.summary['hss_mean']:.3f} on {count} dev scenes" if evaluation else ""
-        self.say(f"step {self.step:,}: train loss {losses[0]:.3f}, dev loss {losses[1]:.3f}{score}")
+        of = f"of up to {recipe.evaluate.scenes} scenes each"
+        self.say(f"step {self.step:,}: train loss {losses[0]:.3f}, dev loss {losses[1]:.3f} {of}{score}")
         return evaluation
 
     def _log(self, number: int, stage: StageConfig, result: StepResult) -> dict[str, float]:
@@ -300,20 +308,17 @@ class _Trainer:
         line["loss"] = line.pop("total")
         line["grad_norm"] = float(result.grad_norm)
         line["lr"] = learning_rate(self.step, stage)
-        scales = [p.detach().max() for name, p in self.model.named_parameters() if name.endswith("log_scale")]
-        line["tau"] = float(torch.stack(scales).max().exp())
+        line["tau"] = temperature(self.model)
         self.directory.append("metrics", kind="train", step=self.step, stage=number, **line)
-        if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
-            raise RunDiverged(f"step {self.step:,}: the loss or its gradient is not finite; lower the learning rate")
-        if line["mass"] < COLLAPSED_MASS and self.step > self.recipe.start_of(number - 1) + stage.warmup:
-            raise RunDiverged(
-                f"step {self.step:,}: only {line['mass']:.3f} of the mass of the true segments is matched, the rest "
-                "went to the dustbin: the loss has collapsed. Usual causes: a learning rate too high, cost_scale "
-                "changed without dustbin, plan_gradient 'exact' at a low cost_scale"
-            )
-        if line["tau"] > MAX_TEMPERATURE:
-            raise RunDiverged(f"step {self.step:,}: a temperature reached {line['tau']:.1f}, the kernels stop at 60")
+        require_finite(self.step, result, {})
+        require_temperature(self.step, line["tau"])
+        require_matching(self.step, line["mass"], begun=self.recipe.start_of(number - 1), warmup=stage.warmup)
         return line
+
+    def _require_healthy(self) -> None:
+        """Refuse a state, or an update that led to it, that training cannot go on from."""
+        require_finite(self.step, self._result, self.model.state_dict())
+        require_temperature(self.step, temperature(self.model))
 
     def _load(self, number: int, stage: StageConfig) -> StageData:
         """Load the stage's rows, note them in the metrics, and refuse rows that changed since the run began."""
@@ -347,6 +352,7 @@ class _Trainer:
             self._cubins = cubins
 
     def _save(self, path: Path) -> None:
+        self._require_healthy()
         self.trace.flush()
         self._note_kernels()
         self.directory.flush_logs()

@@ -4,7 +4,9 @@
 indices, and a class per edge, always 0, which the score does not read.
 """
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,15 +40,28 @@ def predict_command(
         ValueError: if an order_id occurs twice or a scene is not among `order_ids`; see also `predict_wireframes`.
         OSError: if `out` cannot be written.
     """
+    check_out(out)
     wanted = [scene.order_id for scene in scenes] if order_ids is None else list(order_ids)
     _check_order_ids(wanted, scenes)
     wireframes = predict_wireframes(model, scenes, machine=machine, batch=batch, postprocess=postprocess)
     answers = {scene.order_id: wireframe for scene, wireframe in zip(scenes, wireframes, strict=True)}
     rows = [submission_row(order_id, answers.get(order_id, fallback_wireframe())) for order_id in wanted]
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(out), (json.dumps(rows) + "\n").encode())
+    write_atomically(out, (json.dumps(rows) + "\n").encode())
     print(f"{len(rows)} answers, {len(rows) - len(answers)} of them the fallback for want of data, written to {out}")
     return rows
+
+
+def check_out(out: Path) -> None:
+    """Make the directory of a submission, and refuse a path that cannot be written before the work is done.
+
+    Raises:
+        OSError: naming the path.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a directory; name a file", str(out))
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "its directory cannot be written", str(out))
 
 
 def submission_row(order_id: str, wireframe: Wireframe) -> dict:

@@ -4,7 +4,7 @@
 it cannot be checked here and why. `recompute_update` keeps every tensor of one update.
 """
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from perceiver.model import Perceiver
 from train.anatomy import Anatomy, copies, watch_update
 from train.batches import StageBatches, stage_data
 from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from train.config import Recipe, recipe_from_dict
+from train.config import Recipe, read_object, recipe_from_dict
 from train.data import StageData
 from train.determinism import EnvironmentRefused, Machine, enter
 from train.optim import build_optimizer, learning_rate, load_optimizer_state
@@ -67,16 +67,20 @@ def replay(run_dir: str | Path, step: int, *, steps: int = 1, device: str | None
     Returns:
         Yes, no with the first difference, or why it cannot be checked: no such update or checkpoint, or this machine
         computes other bits.
+    Raises:
+        ValueError: steps is below 1, or a file of the run is damaged.
     Determinism: depends on the run directory and the machine only.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     path = Path(run_dir)
     try:
         recipe, trace = _read_run(path)
         by_step = {line["step"]: line for line in trace if line["kind"] == "step"}
         begin = step - steps
         missing = [s for s in range(begin + 1, step + 1) if s not in by_step]
-        if missing or steps < 1:
-            raise CannotCheck(f"the trace of {path} has no step {missing[0] if missing else step}")
+        if missing:
+            raise CannotCheck(f"the trace of {path} has no step {missing[0]}")
         name, checkpoint, machine = _nearest_state(path, recipe, trace, begin, device)
         past = Past(recipe, machine, _rows_of_run(path))
         past.begin(checkpoint, trace)
@@ -100,6 +104,8 @@ def recompute_update(run_dir: str | Path, step: int, *, device: str | None = Non
     """
     path, notes = Path(run_dir), []
     recipe, trace = _read_run(path)
+    if not 1 <= step <= recipe.stages[-1].until:
+        raise CannotCheck(f"{path} has no step {step:,}: its recipe has 1 to {recipe.stages[-1].until:,}")
     by_step = {line["step"]: line for line in trace if line["kind"] == "step"}
     name, checkpoint, machine = _nearest_state(path, recipe, trace, step - 1, device)
     past = Past(recipe, machine, _rows_of_run(path))
@@ -110,14 +116,14 @@ def recompute_update(run_dir: str | Path, step: int, *, device: str | None = Non
         notes.append(str(difference))
     try:
         for line in past.updates(step - 1):
-            check_line(line, by_step.get(line["step"], {}), past, trace)
+            check_line(line, by_step.get(line["step"], line), past, trace)
         before = copies(past.state())
         with watch_update(past.model) as seen:
             (line,) = past.updates(step)
     except Differs as difference:
         raise CannotCheck("; ".join([*notes, str(difference)])) from difference
     try:
-        check_line(line, by_step.get(step, {}), past, trace)
+        check_line(line, by_step.get(step, line), past, trace)
         if which := past.which_tensor(trace):
             raise Differs(f"the state after step {step:,} is another one{which}")
     except Differs as difference:
@@ -209,17 +215,20 @@ class Past:
                 self._loaded = uri, stage_data(self.recipe, number)
             except (ValueError, OSError, ImportError, RuntimeError) as error:
                 raise CannotCheck(f"the rows of {uri} cannot be read: {error}") from error
-        data, said = self._loaded[1], self._rows[number]["train_digest"]
-        if data.train.digest != said:
-            raise Differs(f"rows of stage {number}, {uri}: their digest is {data.train.digest}, it says {said}")
+        data, said = self._loaded[1], self._rows.get(number)
+        if said is None:
+            raise CannotCheck(f"nothing says with which rows stage {number} was trained")
+        for part, rows in (("train_digest", data.train), ("dev_digest", data.dev)):
+            if rows.digest != said[part]:
+                raise Differs(f"rows of stage {number}, {uri}: their {part} is {rows.digest}, it says {said[part]}")
         return data
 
 
 def check_line(found: Line, said: Line, past: Past, trace: Sequence[Line]) -> None:
-    """Compare the lines of one update, value by value in the order in which they are computed."""
-    for name in in_order(found):
-        a, b = found.get(name), said.get(name)
-        if a == b or name not in said:
+    """Compare the lines of one update, value by value in the order in which they are computed; none may be missing."""
+    for name in in_order({**found, **said}):
+        a, b = found.get(name, "nothing"), said.get(name, "nothing")
+        if a == b:
             continue
         which = past.which_tensor(trace) if name == "state" else ""
         raise Differs(f"step {found['step']:,}, {name}: computed {readable(a)}, it says {readable(b)}{which}")
@@ -227,7 +236,7 @@ def check_line(found: Line, said: Line, past: Past, trace: Sequence[Line]) -> No
 
 def readable(value: Any) -> Any:
     """A value of a trace line for people: hexadecimal floats also in decimal."""
-    if isinstance(value, str) and "0x" in value:
+    if isinstance(value, str) and re.fullmatch(r"-?0x[01]\.[0-9a-f]*p[+-]\d+", value):
         return f"{float.fromhex(value)!r} ({value})"
     return value
 
@@ -256,7 +265,7 @@ def _read_run(path: Path) -> tuple[Recipe, list[Line]]:
     for name in ("config.json", "trace.jsonl", "metrics.jsonl"):
         if not (path / name).is_file():
             raise CannotCheck(f"{path} has no {name}")
-    return known_recipe(json.loads((path / "config.json").read_text())), read_log(path / "trace.jsonl")
+    return known_recipe(read_object(path / "config.json")), read_log(path / "trace.jsonl")
 
 
 def known_recipe(values: Mapping[str, Any]) -> Recipe:

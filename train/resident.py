@@ -61,7 +61,11 @@ def cache_directory() -> Path | None:
         return None
     if setting:
         return Path(setting).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ridgeline"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ridgeline"
+    except RuntimeError as error:
+        _log.warning("decoded rows are not kept: %s %s=DIR names a place for them", error, VARIABLE)
+        return None
 
 
 def keep_rows(

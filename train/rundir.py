@@ -10,12 +10,13 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from train.checkpoint import write_atomically
-from train.config import Recipe, differing_keys, recipe_to_dict
+from train.config import Recipe, differing_keys, read_object, recipe_to_dict
 
 
 class RunRefused(RuntimeError):
@@ -62,21 +63,33 @@ class RunDirectory:
     def fix_recipe(self, recipe: Recipe) -> None:
         """Save the recipe, or check that it is the one the directory already has.
 
-        A directory without a checkpoint has nothing to lose: its recipe may be corrected.
+        A directory without a checkpoint, or a state that stays, has nothing to lose: its recipe may be corrected.
 
         Raises:
             RunRefused: the directory holds a run of another recipe; names the values that differ.
         """
         path, values = self.path / "config.json", recipe_to_dict(recipe)
-        if not path.exists() or not any(self.path.glob("*.pt*")):
+        if not path.exists() or not (any(self.path.glob("checkpoint.pt*")) or self.kept_states()):
             write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
             return
-        different = differing_keys(json.loads(path.read_text()), values)
+        self.refuse_other(read_object(path), recipe)
+
+    def refuse_other(self, values: Mapping[str, Any], recipe: Recipe) -> None:
+        """Refuse a recipe other than the one, as plain values, that the directory's run has.
+
+        Raises:
+            RunRefused: names the values that differ.
+        """
+        different = differing_keys(values, recipe_to_dict(recipe))
         if different:
             raise RunRefused(
                 f"run directory {self.path} holds a run of another recipe (different: {', '.join(different)}); "
                 "take another --name, or remove the directory"
             )
+
+    def kept_states(self) -> list[Path]:
+        """The states that stay beside the newest checkpoint: ends of stages, and those of `keep_every`."""
+        return [path for path in sorted(self.path.glob("*.pt")) if re.fullmatch(r"(stage|step)\d+", path.stem)]
 
     def append(self, log: str, **values: Any) -> None:
         """Append one line to `<log>.jsonl`; see `extend`."""
@@ -109,7 +122,9 @@ class RunDirectory:
     def cut_logs(self, step: int) -> None:
         """Drop what the logs say of steps after `step`, and a line that a crash left half-written."""
         for path in sorted(self.path.glob("*.jsonl")):
-            kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
+            kept = [
+                line for line, found in zip(whole_lines(path), read_log(path), strict=True) if found["step"] <= step
+            ]
             write_atomically(path, "".join(kept).encode())
 
     def read(self, log: str) -> list[dict[str, Any]]:
@@ -119,8 +134,20 @@ class RunDirectory:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log as values, without one that a crash left half-written."""
-    return [json.loads(line) for line in whole_lines(path)]
+    """The lines of a log as values, without one that a crash left half-written.
+
+    Raises:
+        ValueError: a line is damaged; names the file and the line.
+    """
+    found = []
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is damaged: {error}") from error
+        if not isinstance(found[-1], dict) or "step" not in found[-1]:
+            raise ValueError(f"{path} line {number} is damaged: it must hold an object with a step")
+    return found
 
 
 def whole_lines(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Weights from a file: a run, a checkpoint of ours, or the published one; to start a stage from, or to score."""
+"""Weights from a file: a run, a checkpoint of ours, or the published one; to go on from, to start a stage, to score."""
 
 import argparse
 from collections.abc import Mapping
@@ -11,8 +11,10 @@ import torch
 from perceiver.model import Perceiver
 from perceiver.published import load_published
 from perceiver.wireframe import PostprocessConfig
-from train.checkpoint import CheckpointError, load_checkpoint, load_newest, tensors_digest
-from train.config import Recipe, differing_keys, recipe_from_dict
+from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_newest, tensors_digest
+from train.config import Recipe, differing_keys, recipe_from_dict, recipe_to_dict
+from train.rundir import RunDirectory, RunRefused
+from train.trace import tail_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,11 @@ def load_model(path: Path) -> LoadedModel:
         found = load_newest(path / "checkpoint.pt")
         if not found:
             raise CheckpointError(f"{path} holds no checkpoint")
-        checkpoint = found[0]
+        checkpoint, damage = found
+        if damage:
+            raise CheckpointError(
+                f"{damage}; name {path / 'checkpoint.pt.previous'} to take the one before it, step {checkpoint.step:,}"
+            )
     elif _is_published(path):
         model = load_published(path)
         record = {"file": path.name, "step": None, "weights": tensors_digest(model.state_dict())}
@@ -84,6 +90,55 @@ def load_start(path: Path, stage: int, recipe: Recipe) -> StartPoint:
     if different:
         raise ValueError(f"{path} holds a model of another architecture than the recipe: {', '.join(different)} differ")
     return StartPoint(loaded=loaded, stage=stage)
+
+
+def load_state(directory: RunDirectory, recipe: Recipe) -> tuple[Checkpoint, str | None] | None:
+    """Load the state that a run goes on from: its newest checkpoint or, where there is none, the newest that stays.
+
+    Returns:
+        The state and, if it is not checkpoint.pt's, a sentence saying so; None where the run is to begin.
+    Raises:
+        CheckpointError: there are checkpoints, and none is usable.
+        RunRefused: the state is another recipe's, or the directory holds only the run's end, or unusable states.
+    """
+    found = load_newest(directory.checkpoint)
+    if found:
+        checkpoint, damage = found
+        directory.refuse_other(checkpoint.recipe, recipe)
+        return checkpoint, f"{damage}; going on from the one before it, step {checkpoint.step:,}" if damage else None
+    kept = directory.kept_states()
+    for path in _kept_before_the_end(directory, recipe):
+        try:
+            checkpoint = load_checkpoint(path)
+        except CheckpointError:
+            continue
+        if path in kept:
+            directory.refuse_other(checkpoint.recipe, recipe)
+        # else a tail, which a recipe that was corrected may have left
+        if checkpoint.recipe == recipe_to_dict(recipe):
+            missing = f"{directory.checkpoint} does not exist"
+            return checkpoint, f"{missing}; going on from {path.name}, step {checkpoint.step:,}"
+    if kept:
+        raise RunRefused(
+            f"run directory {directory.path} holds {kept[-1].name} but no state that this run could go on from: take "
+            f"another --name, or copy {kept[-1].name} to checkpoint.pt"
+        )
+    return None
+
+
+def _kept_before_the_end(directory: RunDirectory, recipe: Recipe) -> list[Path]:
+    """The files of states after the start and before the end of a run, newest first.
+
+    The end is made again from the state before it: a crash may have come before its scores or its certificate.
+    """
+    numbers = range(1, len(recipe.stages) + 1)
+    steps = {directory.stage_checkpoint(n): recipe.stages[n - 1].until for n in numbers}
+    steps |= {
+        directory.stage_tail(n): tail_of(recipe, n) for n in numbers if tail_of(recipe, n) > recipe.start_of(n - 1)
+    }
+    steps |= {path: int(path.stem[4:]) for path in directory.kept_states() if path.stem.startswith("step")}
+    found = [path for path, step in steps.items() if step < recipe.stages[-1].until and path.is_file()]
+    return sorted(found, key=lambda path: steps[path], reverse=True)
 
 
 def _is_published(path: Path) -> bool:

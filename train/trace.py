@@ -91,6 +91,11 @@ def digest_due(recipe: Recipe, step: int) -> bool:
     return step % recipe.trace_every == 0 or step in ends or step + CHECKED_STEPS in ends or step == CHECKED_STEPS
 
 
+def tail_of(recipe: Recipe, number: int) -> int:
+    """Return the step of stage<k>_tail.pt, from which the end of stage `number` (from 1) is checked."""
+    return max(recipe.stages[number - 1].until - CHECKED_STEPS, recipe.start_of(number - 1))
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """Sort the names of a line's values as they are computed: terms, their sum, gradient, learning rate, state."""
     last = ["loss", "grad_norm", "lr", "state"]

@@ -1,7 +1,9 @@
 """Does a certificate hold? `python -m train verify CERTIFICATE` makes the updates again that it has lines of.
 
-Those are the first 20 updates of the run and the last 20 of each stage, the latter from `stage<k>_tail.pt` beside it.
-The answer is yes, no with the first difference, or that it cannot be checked here and why.
+Those are the first 20 updates of the run and the last 20 of each stage, the latter from `stage<k>_tail.pt` beside it;
+the state that they end with must have the certificate's digests of it, and so must `stage<k>.pt` where it lies there.
+The updates between, and the scores, are not computed again. The answer is yes, no with the first difference, or that it
+cannot be checked here and why.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +12,19 @@ from typing import Any
 
 import torch
 
-from train.certificate import CertificateError, code_files, loaded_cubins, read_certificate
-from train.checkpoint import CheckpointError, load_checkpoint
+from train.certificate import (
+    CertificateError,
+    Contradiction,
+    check_extent,
+    code_files,
+    loaded_cubins,
+    read_certificate,
+)
+from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, tensors_digest
 from train.determinism import Machine
 from train.replay import CannotCheck, Differs, Past, Verdict, check_line, known_recipe, same_machine
 from train.rundir import read_log
-from train.trace import Line
+from train.trace import Line, digest, state_tensors
 
 
 def verify(path: str | Path, *, device: str | None = None) -> Verdict:
@@ -34,6 +43,7 @@ def verify(path: str | Path, *, device: str | None = None) -> Verdict:
     try:
         certificate = read_certificate(path)
         recipe = known_recipe(certificate["recipe"])
+        check_extent(path, certificate, recipe)
         done += _other_code(certificate["code"]["files"])
         machine = same_machine(recipe, certificate["environment"], device)
         trace = _trace_beside(path)
@@ -44,12 +54,14 @@ def verify(path: str | Path, *, device: str | None = None) -> Verdict:
                 missing += _verify_end(path.parent, stage, past, trace, done)
         finally:
             done += _other_kernels(certificate, machine)
+            if certificate["scores"]:
+                done.append("note: the scores were not computed again")
         if missing:
             raise CannotCheck("; ".join(missing))
+    except Contradiction as error:
+        return Verdict(agrees=False, sentence=f"no: {error}")
     except CertificateError as error:
-        contradiction = path.is_file() and "contradicts itself" in str(error)
-        start = "no: " if contradiction else "cannot be checked here: "
-        return Verdict(agrees=False if contradiction else None, sentence=f"{start}{error}")
+        return Verdict(agrees=None, sentence=f"cannot be checked here: {error}")
     except CannotCheck as reason:
         return Verdict(agrees=None, sentence=f"{path} cannot be checked here: {reason}", lines=tuple(done))
     except Differs as difference:
@@ -73,22 +85,42 @@ def _verify_end(
     directory: Path, stage: Mapping[str, Any], past: Past, trace: Sequence[Line], done: list[str]
 ) -> list[str]:
     """Check the last updates of a stage from the state before them; return why they cannot be."""
-    file = directory / f"stage{stage['stage']}_tail.pt"
-    if not file.is_file():
-        return [f"{file.name} is missing: the end of stage {stage['stage']} was not recomputed"]
-    try:
-        checkpoint = load_checkpoint(file)
-    except CheckpointError as error:
-        raise Differs(str(error)) from error
-    if checkpoint.step != stage["tail"]["step"]:
-        raise Differs(f"{file.name} is of step {checkpoint.step:,}, the certificate says {stage['tail']['step']:,}")
+    name = f"stage{stage['stage']}"
+    if ended := _beside(directory / f"{name}.pt", stage["step"]):
+        _check_state(f"{name}.pt", ended.model, state_tensors(ended.model, ended.optimizer), stage)
+    checkpoint = _beside(directory / f"{name}_tail.pt", stage["tail"]["step"])
+    if not checkpoint:
+        return [f"{name}_tail.pt is missing: the end of stage {stage['stage']} was not recomputed"]
     past.begin(checkpoint, [{"kind": "step", **stage["tail"]}, *trace])
     for found, said in zip(past.updates(stage["step"]), stage["last"], strict=True):
         check_line(found, said, past, trace)
+    _check_state(f"the end of stage {stage['stage']}", past.model.state_dict(), past.state(), stage)
     done.append(
         f"steps {checkpoint.step + 1:,} to {stage['step']:,}, end of stage {stage['stage']}: every bit the same"
     )
     return []
+
+
+def _beside(file: Path, step: int) -> Checkpoint | None:
+    """A checkpoint beside the certificate, of the step that it should be of; None where there is none."""
+    if not file.is_file():
+        return None
+    try:
+        checkpoint = load_checkpoint(file)
+    except CheckpointError as error:
+        raise Differs(str(error)) from error
+    if checkpoint.step != step:
+        raise Differs(f"{file.name} is of step {checkpoint.step:,}, the certificate says {step:,}")
+    return checkpoint
+
+
+def _check_state(
+    what: str, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], stage: Mapping[str, Any]
+) -> None:
+    """Compare the state that a stage ended with with what the certificate says of it."""
+    for name, found in (("state", digest(state)), ("weights", tensors_digest(weights))):
+        if found != stage[name]:
+            raise Differs(f"{what}: the digest of its {name} is {found}, the certificate says {stage[name]}")
 
 
 def _other_code(files: Mapping[str, str]) -> list[str]:
