@@ -36,6 +36,7 @@ class Case:
 
 # (kernel, architecture) -> (how many spilling instructions are accepted, why)
 SPILLS_ALLOWED: dict[tuple[str, int], tuple[int, str]] = {
+    ("_attention_fwd_kernel", 90): (5, "with the running maximum or split keys, in the tile that is fastest without"),
     ("_sinkhorn_large_bwd_kernel", 89): (2, "one store and one load in its first half-step, beyond the model's sizes"),
 }
 
