@@ -117,8 +117,9 @@ def _attention_fwd_kernel(
     begin = tl.program_id(1) * chunks_each * CHUNK
     end = tl.minimum(begin + chunks_each * CHUNK, count)
     full = end // BLOCK_S * BLOCK_S
-    o_total, l_total, m_total = _no_keys(BLOCK_T, D)
-    o, l, m = _no_keys(BLOCK_T, D)
+    none = _no_keys(BLOCK_T, D)
+    o_total, l_total, m_total = none
+    o, l, m = none
     for s in tl.range(begin, full, BLOCK_S):
         o, l, m = _attend(
             q, scale, o, l, m, k_ptr, v_ptr, rk_ptr, key_mask_ptr, stride_k[2], stride_v[2], b, S, count, s,
@@ -129,14 +130,14 @@ def _attention_fwd_kernel(
             if done:
                 line = partial + s // CHUNK * T
                 _store_chunk(partial_o_ptr, partial_l_ptr, partial_m_ptr, line, in_T, o, l, m, BLOCK_T, D)
-                o, l, m = _no_keys(BLOCK_T, D)
+                o, l, m = none
         else:
-            # chosen and not branched to: across a branch, each instruction of a product waits for the one before
-            o_sum, l_sum, m_sum = _add_chunk(o_total, l_total, m_total, o, l, m, ONLINE)
-            o_total, l_total = tl.where(done, o_sum, o_total), tl.where(done, l_sum, l_total)
-            o, l = tl.where(done, 0.0, o), tl.where(done, 0.0, l)
-            if ONLINE:
-                m_total, m = tl.where(done, m_sum, m_total), tl.where(done, -INF, m)
+            # both outcomes are there before the `if`, so it becomes a choice: across a branch, each instruction of a
+            # product waits for the one before
+            total = _add_chunk(o_total, l_total, m_total, o, l, m, ONLINE)
+            if done:
+                o_total, l_total, m_total = total
+                o, l, m = none
     for s in tl.range(tl.maximum(begin, full), end, BLOCK_S, num_stages=1):
         o, l, m = _attend(
             q, scale, o, l, m, k_ptr, v_ptr, rk_ptr, key_mask_ptr, stride_k[2], stride_v[2], b, S, count, s,
@@ -183,9 +184,13 @@ def _attend(
 
 @triton.jit
 def _no_keys(BLOCK_T: tl.constexpr, D: tl.constexpr):
-    """Sums o, l and maximum m of no keys."""
+    """Sums o, l and maximum m of no keys.
+
+    The zeros of o are hidden from the compiler: for sm_100, Triton (3.6 to 3.9) turns a choice between a product's sum
+    and a constant 0 into "start from 0" of the next product, also where the loop ends and no such product follows.
+    """
     return (
-        tl.zeros([BLOCK_T, D], tl.float32),
+        tl.zeros([BLOCK_T, D], tl.int32).to(tl.float32, bitcast=True),
         tl.zeros([BLOCK_T], tl.float32),
         tl.full([BLOCK_T], -INF, tl.float32),
     )
