@@ -115,6 +115,13 @@ def test_tf32_is_as_the_recipe_says():
 
 
 @pytest.mark.usefixtures("card")
+def test_kernels_are_compiled_without_line_numbers(monkeypatch):
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "0")
+    enter(threads=1, precision="bf16", impl="triton", device="cuda")
+    assert os.environ["TRITON_DISABLE_LINE_INFO"] == "1"
+
+
+@pytest.mark.usefixtures("card")
 def test_interpreted_kernels_are_refused_on_a_gpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(EnvironmentRefused, match="unset TRITON_INTERPRET"):

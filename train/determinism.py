@@ -109,6 +109,9 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
             )
     if place.type == "cuda" and impl == "triton" and os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise EnvironmentRefused("TRITON_INTERPRET must not be set on a GPU: unset TRITON_INTERPRET and start again")
+    if impl == "triton":
+        # with line numbers in them ptxas makes other machine code of some kernels
+        os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     if place.type == "cpu":
         keep_freed_memory()
     machine = Machine(device=place, precision=precision, impl=impl, threads=threads)
