@@ -1,9 +1,9 @@
 """What spills, and why that is accepted."""
 
-# (kernel, architecture or case) -> (how many spilling instructions are accepted, why)
 _LARGE = "one store and one load in its first half-step, beyond the model's sizes"
 _TILE_128 = "tiles of 128x128 at once need more than all registers of a program, beyond the model's sizes"
 _STAGES = "three stages at D = 64: with two it is 28"
+# (kernel, architecture or case) -> (how many spilling instructions are accepted, why)
 SPILLS_ALLOWED: dict[tuple[str, int | str], tuple[int, str]] = {
     ("_attention_fwd_kernel", "cross 256x2048 fp16 online"): (5, _STAGES),
     ("_attention_fwd_kernel", "cross 256x2048 bf16 online"): (5, _STAGES),

@@ -18,7 +18,7 @@ from kernels.dispatch import resolve, values_are_readable
 from kernels.reduce import sum_segments
 
 HEAD_WIDTHS = (16, 32, 64, 128)
-# exp of more, over the shortest norm, is no number of float32
+# exp of 62, over the shortest norm, is no number of float32
 LARGEST_LOG_SCALE = 60
 
 

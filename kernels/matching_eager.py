@@ -134,5 +134,5 @@ def _length(x_3BNM: Tensor) -> Tensor:
 
 
 def _unit(x_3BNM: Tensor, length_BNM: Tensor) -> Tensor:
-    """Return x / |x|, and 0 where the square of the length is no normal number of float32."""
+    """Return x / |x|, and 0 where |x| is at most 1e-18, as the Triton form: beyond, squares lose digits."""
     return x_3BNM / length_BNM.masked_fill(length_BNM <= 1e-18, math.inf)

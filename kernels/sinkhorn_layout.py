@@ -9,17 +9,21 @@ These broadcast as they are. `sum_over(x, 0)` sums rows and `sum_over(x, 1)` col
 is n1 or m1 inside a thread, then n0 or m0 between threads.
 
 Where products with rows and with columns alternate, a square tile may be held in two more forms, in which a row, or a
-column, lies in LANES neighbouring threads, so that only vectors go from thread to thread:
+column, lies in LANES neighbouring lanes, so that only vectors go from warp to warp:
 
-    tile by rows [LANES, N, M / LANES / RUN, RUN],  by columns [LANES, M, N / LANES / RUN, RUN],  vectors [1, N, 1, 1]
+    by rows [LANES, N, M / LANES / RUN, RUN],  by columns [LANES, M, N / LANES / RUN, RUN],  either vector [1, N, 1, 1]
 
-`along` lays a vector along the rows of such a form, and `sum_along` sums them: RUN elements and then the rest inside a
-thread, then between lanes.
+Element [lane, row, q, r] by rows is column lane * M / LANES + q * RUN + r: what a lane has of a row lies side by side,
+so that it reads its part of a vector RUN numbers at a time. With eight warps of LANES by 8 lanes, 64 rows are one for
+each group of lanes. `along_rows` lays a vector of one form along the rows of the other, and `sum_along` sums rows: RUN
+elements, then the rest inside a lane, then between lanes.
 
-Loads decide how tiles lie in the threads: beginning with the last one, each hands its layout on to all that follows
-from it, and a value keeps the first that it meets. Both forms meet theirs in a load that never happens, `held`. In
-`hold` its value is chosen where a condition holds that never does; the compiler finds that out when layouts are
-settled. A gather hands nothing on: what comes from `together` lies as it is used.
+What makes Triton keep two forms: its pass Coalesce gives each load a layout by how its addresses rise; the pass
+RemoveLayoutConversions hands these on to all that follows from them, from the last load to the first, and a value keeps
+the first that it gets. Both forms begin at a load that never happens, `form_zeros`, and `in_form` lets every value that
+must not take the other form's layout meet it first, in a choice by a condition that is never true. Inside a loop the
+optimizer knows that, after the layouts are settled, and nothing is left of it. No layout is handed on through a gather:
+with one, `row_vector` and `tile_of_rows` end the forms.
 """
 
 import triton
@@ -67,11 +71,11 @@ def _add_both(x, y, other_x, other_y):
 
 
 @triton.jit
-def held(SIZE: tl.constexpr, history):
+def form_zeros(SIZE: tl.constexpr, history):
     """Return the zeros of a form, by a load that never happens: there are iterations.
 
-    Addresses rise along the lanes, and half as far along the rows: with these two a layout begins. They are no multiple
-    of anything, for several elements in a row would be one thread's.
+    Addresses rise along the lanes, and half as far along the rows: in this order the layout takes them. They are no
+    multiple of anything, or several elements in a row would be one thread's.
     """
     pointer, _, _, T = history
     lane, row = tl.arange(0, LANES)[:, None, None, None], tl.arange(0, SIZE)[None, :, None, None]
@@ -80,8 +84,11 @@ def held(SIZE: tl.constexpr, history):
 
 
 @triton.jit
-def hold(x, zeros, count):
-    """Return x, broadcast to a form, in the layout of `held`. The count is not below 0."""
+def in_form(x, zeros, count):
+    """Return x, broadcast to a form, in the layout of `form_zeros`; the count is not below 0.
+
+    Of a loop's count the optimizer knows that. Of others it does not: a choice per element stays, outside of loops.
+    """
     return tl.where(count < 0, zeros, x)
 
 
@@ -100,13 +107,13 @@ def by_cols(x):
 
 
 @triton.jit
-def apart(x):
+def form_vector(x):
     """Return a row or column vector of a tile as one of its forms."""
     return tl.reshape(x, (1, x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3], 1, 1))
 
 
 @triton.jit
-def along(x):
+def along_rows(x):
     """Return a vector of one form along the rows of the other: [LANES, 1, N / LANES / RUN, RUN]."""
     return tl.reshape(x, (LANES, 1, x.shape[1] // (LANES * RUN), RUN))
 
@@ -118,7 +125,7 @@ def sum_along(x):
 
 
 @triton.jit
-def together(x, N0: tl.constexpr):
+def row_vector(x, N0: tl.constexpr):
     """Return a vector of a form as a row vector of a tile."""
     N: tl.constexpr = x.shape[1]
     x = tl.gather(tl.reshape(x, (N,)), tl.arange(0, N), 0)
@@ -126,7 +133,7 @@ def together(x, N0: tl.constexpr):
 
 
 @triton.jit
-def tile_together(x, N0: tl.constexpr, M0: tl.constexpr):
+def tile_of_rows(x, N0: tl.constexpr, M0: tl.constexpr):
     """Return what lies by rows as a tile."""
     N: tl.constexpr = x.shape[1]
     M: tl.constexpr = LANES * x.shape[2] * RUN
@@ -136,7 +143,7 @@ def tile_together(x, N0: tl.constexpr, M0: tl.constexpr):
 
 
 @triton.jit
-def store_apart(history, t, u, u_bin, v, v_bin):
+def store_form_vectors(history, t, u, u_bin, v, v_bin):
     """Store vectors of the forms, and their bins, of which every element is a copy, after t iterations."""
     pointer, N_out, M_out, T = history
     # the first lane of a row stores it; with addresses that rise along the lanes the threads are those of a form
@@ -167,11 +174,11 @@ def store_vectors(history, t, u, u_bin, v, v_bin):
 
 
 @triton.jit
-def load_apart(history, t, N: tl.constexpr):
+def load_form_vectors(history, t, N: tl.constexpr):
     """Return u, u_bin, v, v_bin after t iterations, and v along the rows; the bins are scalars."""
     pointer, N_out, M_out, T = history
     offs = tl.arange(0, N)[None, :, None, None]
-    offs_along = along(offs)
+    offs_along = along_rows(offs)
     at = pointer + t
     u = tl.load(at + offs * (T + 1), mask=offs < N_out, other=0.0)
     u_bin = tl.load(at + N_out * (T + 1))
@@ -204,7 +211,7 @@ def _offsets(u, v):
 
 
 @triton.jit
-def over(x, y):
+def divide_or_zero(x, y):
     """Return x / y, and 0 where y is 0: there is no mass."""
     return tl.where(y == 0, 0.0, x / y)
 

@@ -1,7 +1,13 @@
 """The scaling path of a Sinkhorn problem in registers: one exponential per element, then products; and its reverse.
 
-    u = a / (K v + kr v_bin),  u_bin = a_bin / (kc.v + kk v_bin)  with K = exp(Z - rho - sigma), the same for the bin's
-    column kr, row kc and corner kk, started at v = exp(sigma)
+    u = a / (K v + kr v_bin),    u_bin = a_bin / (kc.v + kk v_bin)
+    v = b / (K^T u + kc u_bin),  v_bin = b_bin / (kr.u + kk u_bin),   plan = u K v^T
+
+with K = exp(Z - rho - sigma), the same for the bin's column kr, row kc and corner kk, started at v = exp(sigma). Back
+from the last iteration to the first, with w the v before it, S = G u v^T, gu = (G K) v and gv = (G K)^T u:
+
+    db += gv v,  q = -(gv v) (v / b),  S += u q^T,  gu += K q
+    da += gu u,  p = -(gu u) (u / a),  S += p w^T,  gv = K^T p,  gu = 0;   dZ = K S
 
 SHIFT: rho = z, sigma = 0, legal if max(Z - z) <= RANGE; every row and column needs a bin with mass. Otherwise rho and
 sigma are the row, then the column maxima, legal if max u max v stays <= exp(RANGE). `kernels.sinkhorn_tile` says what
@@ -13,24 +19,24 @@ import triton.language as tl
 
 from kernels.sinkhorn_layout import (
     INF,
-    along,
-    apart,
+    along_rows,
     by_cols,
     by_rows,
+    divide_or_zero,
     finite,
-    held,
-    hold,
-    load_apart,
+    form_vector,
+    form_zeros,
+    in_form,
+    load_form_vectors,
     load_vectors,
     max_over,
-    over,
-    store_apart,
+    row_vector,
+    store_form_vectors,
     store_vectors,
     sum_along,
     sum_over,
     sum_rows_of_both,
-    tile_together,
-    together,
+    tile_of_rows,
 )
 
 RANGE = tl.constexpr(60.0)
@@ -74,7 +80,7 @@ def solve_scaling(bordered, z, masses, history, SHIFT: tl.constexpr, SAVE: tl.co
 
 @triton.jit
 def _iterate_in_forms(kernel, masses, pads, v, v_bin, history, SHIFT: tl.constexpr, SAVE: tl.constexpr):
-    """Return u, u_bin, v, v_bin and the largest product of a u and a v: each sum in the form that keeps it in a thread.
+    """Return u, u_bin, v, v_bin and the largest product of a u and a v; each sum where it stays in few lanes.
 
     Each element of a vector has a copy of the bin: a sum of a vector is made in every row.
     """
@@ -82,39 +88,39 @@ def _iterate_in_forms(kernel, masses, pads, v, v_bin, history, SHIFT: tl.constex
     N0: tl.constexpr = K.shape[2]
     M0: tl.constexpr = K.shape[3]
     T = history[3]
-    zeros = held(K.shape[0] * N0, history)
-    K_rows, K_cols = hold(by_rows(K), zeros, T), hold(by_cols(K), zeros, T)
-    a, a_bin, b, b_bin = apart(masses[0]), tl.sum(masses[1]), apart(masses[2]), tl.sum(masses[3])
+    zeros = form_zeros(K.shape[0] * N0, history)
+    K_rows, K_cols = in_form(by_rows(K), zeros, T), in_form(by_cols(K), zeros, T)
+    a, a_bin, b, b_bin = form_vector(masses[0]), tl.sum(masses[1]), form_vector(masses[2]), tl.sum(masses[3])
     pad_a, pad_a_bin, pad_b, pad_b_bin = pads
     pad_a_bin, pad_b_bin = tl.sum(pad_a_bin), tl.sum(pad_b_bin)
     kr_along, kc_along = kr, kc
     if SHIFT:
         pad_a, pad_b = tl.sum(pad_a), tl.sum(pad_b)
     else:
-        pad_a, pad_b, kr, kc, kk = apart(pad_a), apart(pad_b), apart(kr), apart(kc), tl.sum(kk)
-        kr_along, kc_along = hold(along(kr), zeros, T), hold(along(kc), zeros, T)
-    u, v = tl.zeros_like(a), apart(v)
+        pad_a, pad_b, kr, kc, kk = form_vector(pad_a), form_vector(pad_b), form_vector(kr), form_vector(kc), tl.sum(kk)
+        kr_along, kc_along = in_form(along_rows(kr), zeros, T), in_form(along_rows(kc), zeros, T)
+    u, v = tl.zeros_like(a), form_vector(v)
     u_bin, v_bin, most_u, most_v = u, u + tl.sum(v_bin), u, u
     if SAVE:
-        store_apart(history, 0, u, u_bin, v, v_bin)
+        store_form_vectors(history, 0, u, u_bin, v, v_bin)
     for t in range(T):
         # u = a / (K v)
-        x = hold(along(v), zeros, t)
+        x = in_form(along_rows(v), zeros, t)
         u = _quotient(a, sum_along(K_rows * x) + kr * v_bin + pad_a)
         u_bin = _quotient(a_bin, sum_along(kc_along * x) + kk * v_bin + pad_a_bin)
         # v = b / (K^T u)
-        x = hold(along(u), zeros, t)
+        x = in_form(along_rows(u), zeros, t)
         v = _quotient(b, sum_along(K_cols * x) + kc * u_bin + pad_b)
         v_bin = _quotient(b_bin, sum_along(kr_along * x) + kk * u_bin + pad_b_bin)
         if not SHIFT:
             most_u = tl.maximum(most_u, tl.maximum(u, u_bin))
             most_v = tl.maximum(most_v, tl.maximum(v, v_bin))
         if SAVE:
-            store_apart(history, t + 1, u, u_bin, v, v_bin)
+            store_form_vectors(history, t + 1, u, u_bin, v, v_bin)
     most = 0.0
     if not SHIFT:
         most = tl.max(most_u) * tl.max(most_v)
-    u, v = together(u, N0), tl.permute(together(v, M0), (1, 0, 3, 2))
+    u, v = row_vector(u, N0), tl.permute(row_vector(v, M0), (1, 0, 3, 2))
     return u, tl.max(u_bin), v, tl.max(v_bin), most
 
 
@@ -178,29 +184,33 @@ def reverse_scaling(G, Gr, Gc, bordered, z, masses, history, SHIFT: tl.constexpr
 
 @triton.jit
 def _reverse_in_forms(kernel, gradients, vectors, masses, history, SHIFT: tl.constexpr):
-    """Walk back through the iterations; each sum in the form that keeps it in a thread, S in that of the rows."""
+    """Walk back through the iterations; each sum in the form that keeps it in few lanes, S in that of the rows."""
     K, kr, kc, kk = kernel
     N0: tl.constexpr = K.shape[2]
     M0: tl.constexpr = K.shape[3]
     T = history[3]
-    zeros = held(K.shape[0] * N0, history)
-    K_rows, K_cols, S = hold(by_rows(K), zeros, T), hold(by_cols(K), zeros, T), hold(by_rows(gradients[0]), zeros, T)
-    a, a_bin, b, b_bin = apart(masses[0]), tl.sum(masses[1]), apart(masses[2]), tl.sum(masses[3])
-    u, u_bin, v, v_bin = apart(vectors[0]), tl.sum(vectors[1]), apart(vectors[2]), tl.sum(vectors[3])
+    zeros = form_zeros(K.shape[0] * N0, history)
+    K_rows, K_cols, S = (
+        in_form(by_rows(K), zeros, T),
+        in_form(by_cols(K), zeros, T),
+        in_form(by_rows(gradients[0]), zeros, T),
+    )
+    a, a_bin, b, b_bin = form_vector(masses[0]), tl.sum(masses[1]), form_vector(masses[2]), tl.sum(masses[3])
+    u, u_bin, v, v_bin = form_vector(vectors[0]), tl.sum(vectors[1]), form_vector(vectors[2]), tl.sum(vectors[3])
     kr_along, kc_along = kr, kc
     if not SHIFT:
-        kr, kc, kk = apart(kr), apart(kc), tl.sum(kk)
-        kr_along, kc_along = hold(along(kr), zeros, T), hold(along(kc), zeros, T)
-    gu, gv, none = apart(gradients[1]), apart(gradients[3]), tl.zeros_like(a)
+        kr, kc, kk = form_vector(kr), form_vector(kc), tl.sum(kk)
+        kr_along, kc_along = in_form(along_rows(kr), zeros, T), in_form(along_rows(kc), zeros, T)
+    gu, gv, none = form_vector(gradients[1]), form_vector(gradients[3]), tl.zeros_like(a)
     gu_bin, gv_bin = none + tl.sum(gradients[2]), none + tl.sum(gradients[4])
     da, da_bin, db, db_bin, dz = none, none, none, none, none
     for i in range(T):
-        u_next, u_next_bin, w, w_bin, w_along = load_apart(history, T - 1 - i, K.shape[0] * N0)
+        u_next, u_next_bin, w, w_bin, w_along = load_form_vectors(history, T - 1 - i, K.shape[0] * N0)
         # db += gv v;  q = -(gv v) (v / b), since v^2 could overflow;  S += u q^T;  gu += K q
         db += gv * v
         db_bin += gv_bin * v_bin
-        q, q_bin = -(gv * v) * over(v, b), -(gv_bin * v_bin) * over(v_bin, b_bin)
-        x = hold(along(q), zeros, i)
+        q, q_bin = -(gv * v) * divide_or_zero(v, b), -(gv_bin * v_bin) * divide_or_zero(v_bin, b_bin)
+        x = in_form(along_rows(q), zeros, i)
         S += u * x
         kc_q = sum_along(kc_along * x)
         gu += sum_along(K_rows * x) + kr * q_bin
@@ -208,15 +218,15 @@ def _reverse_in_forms(kernel, gradients, vectors, masses, history, SHIFT: tl.con
         # da += gu u;  p = -(gu u) (u / a);  S += p w^T;  gv = K^T p
         da += gu * u
         da_bin += gu_bin * u_bin
-        p, p_bin = -(gu * u) * over(u, a), -(gu_bin * u_bin) * over(u_bin, a_bin)
+        p, p_bin = -(gu * u) * divide_or_zero(u, a), -(gu_bin * u_bin) * divide_or_zero(u_bin, a_bin)
         S += p * w_along
-        x = hold(along(p), zeros, i)
+        x = in_form(along_rows(p), zeros, i)
         kr_p = sum_along(kr_along * x)
         gv, gv_bin = sum_along(K_cols * x) + kc * p_bin, kr_p + kk * p_bin
         dz += u_bin * kc_q + w_bin * kr_p
         gu, gu_bin = none, none
         u, u_bin, v, v_bin = u_next, u_next_bin, w, w_bin
-    dZ, da, db = tile_together(K_rows * S, N0, M0), together(da, N0), tl.permute(together(db, M0), (1, 0, 3, 2))
+    dZ, da, db = tile_of_rows(K_rows * S, N0, M0), row_vector(da, N0), tl.permute(row_vector(db, M0), (1, 0, 3, 2))
     bin = tl.zeros_like(masses[1])
     return dZ, bin + tl.max(dz), da, bin + tl.max(da_bin), db, bin + tl.max(db_bin)
 
@@ -236,7 +246,7 @@ def _reverse(kernel, gradients, vectors, masses, history):
         # db += gv v;  q = -(gv v) (v / b), since v^2 could overflow;  S += u q^T;  gu += K q
         db += gv * v
         db_bin += gv_bin * v_bin
-        q, q_bin = -(gv * v) * over(v, b), -(gv_bin * v_bin) * over(v_bin, b_bin)
+        q, q_bin = -(gv * v) * divide_or_zero(v, b), -(gv_bin * v_bin) * divide_or_zero(v_bin, b_bin)
         S += u * q
         kc_q = sum_over(kc * q, 1)
         gu += sum_over(K * q, 1) + kr * q_bin
@@ -244,7 +254,7 @@ def _reverse(kernel, gradients, vectors, masses, history):
         # da += gu u;  p = -(gu u) (u / a);  S += p w^T;  gv = K^T p
         da += gu * u
         da_bin += gu_bin * u_bin
-        p, p_bin = -(gu * u) * over(u, a), -(gu_bin * u_bin) * over(u_bin, a_bin)
+        p, p_bin = -(gu * u) * divide_or_zero(u, a), -(gu_bin * u_bin) * divide_or_zero(u_bin, a_bin)
         S += p * w
         kr_p = sum_over(kr * p, 0)
         gv, gv_bin = sum_over(K * p, 0) + kc * p_bin, kr_p + kk * p_bin
@@ -280,7 +290,7 @@ def _is_zero(mass):
 
 @triton.jit
 def _quotient(x, y):
-    """Return x / y for y > 0, to 2 ulp: a root and two products take fewer steps than a division."""
+    """Return x / y for normal y > 0, to 2^-21: a root and two products take fewer steps than a division."""
     root = tl.rsqrt(y)
     return x * (root * root)
 

@@ -9,16 +9,17 @@ column vectors and bins lie in the threads.
     history    (pointer, N_out, M_out, T) of a buffer [N_out + 1 + M_out + 1, T + 1]: u, u_bin, v, v_bin at the start
                (u is 0) and after every iteration
 
-Each item takes the scaling path (`kernels.sinkhorn_scaling`) where its own values allow that, else the log path; they
-give the same result:
+Each item takes the scaling path (`kernels.sinkhorn_scaling`) where its own values allow that, else the log path,
 
-    log        u = log a - LSE(Z + v, z + v_bin)
+    u = log a - LSE(Z + v, z + v_bin),  v = log b - LSE(Z + u, z + u_bin),  plan = exp(Z + u + v)
+
+and the bins likewise; they give the same result.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.sinkhorn_layout import INF, finite, load_vectors, max_over, over, store_vectors, sum_over
+from kernels.sinkhorn_layout import INF, divide_or_zero, finite, load_vectors, max_over, store_vectors, sum_over
 from kernels.sinkhorn_scaling import may_scale, reverse_scaling, solve_scaling
 
 AUTO = tl.constexpr(0)
@@ -125,7 +126,7 @@ def _reverse_log(G, Gr, Gc, bordered, masses, history):
         db += gv
         db_bin += gv_bin
         E, Er, Ec, Ek = _plan(bordered, u, u_bin, v, v_bin)
-        q, q_bin = over(gv, sum_over(E, 0) + Ec), over(gv_bin, sum_over(Er, 0) + Ek)
+        q, q_bin = divide_or_zero(gv, sum_over(E, 0) + Ec), divide_or_zero(gv_bin, sum_over(Er, 0) + Ek)
         dZ -= E * q
         Ec_q = sum_over(Ec * q, 1)
         gu -= sum_over(E * q, 1) + Er * q_bin
@@ -134,7 +135,7 @@ def _reverse_log(G, Gr, Gc, bordered, masses, history):
         da += gu
         da_bin += gu_bin
         E, Er, Ec, Ek = _plan(bordered, u, u_bin, w, w_bin)
-        p, p_bin = over(gu, sum_over(E, 1) + Er), over(gu_bin, sum_over(Ec, 1) + Ek)
+        p, p_bin = divide_or_zero(gu, sum_over(E, 1) + Er), divide_or_zero(gu_bin, sum_over(Ec, 1) + Ek)
         dZ -= E * p
         Er_p = sum_over(Er * p, 0)
         gv, gv_bin = -sum_over(E * p, 0) - Ec * p_bin, -Er_p - Ek * p_bin
