@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from train.checkpoint import (
     Checkpoint,
     CheckpointError,
+    CheckpointMissing,
     load_checkpoint,
     load_newest,
     save_checkpoint,
@@ -43,7 +45,7 @@ def test_the_previous_checkpoint_is_kept(tmp_path):
 
 def test_there_may_be_none(tmp_path):
     assert load_newest(tmp_path / "c.pt") is None
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointMissing, match="does not exist"):
         load_checkpoint(tmp_path / "c.pt")
 
 
@@ -140,6 +142,76 @@ def test_a_reader_moves_no_file_that_a_save_is_about_to_move(tmp_path):
     path.rename(tmp_path / "c.pt.new")
     assert load_newest(path)[0].step == 1
     assert [x.name for x in tmp_path.iterdir()] == ["c.pt.new"]
+
+
+def a_save_goes_on(monkeypatch, renames, *, after=False):
+    """Let a save rename files before, or after, a reader reads the first of them."""
+    read = Path.read_bytes
+
+    def interrupted(path):
+        data = read(path) if after and path == renames[0][0] else None
+        for source, target in renames if path == renames[0][0] and path.exists() else ():
+            source.rename(target)
+        return read(path) if data is None else data
+
+    monkeypatch.setattr(Path, "read_bytes", interrupted)
+
+
+@pytest.mark.parametrize("steps", [(2,), (1, 2)], ids=["first save", "later save"])
+def test_a_save_that_ends_under_a_reader_gives_it_the_new_state(tmp_path, monkeypatch, steps):
+    path, new = tmp_path / "c.pt", tmp_path / "c.pt.new"
+    for step in steps:
+        save_checkpoint(path, checkpoint(step))
+    path.rename(new)
+    a_save_goes_on(monkeypatch, [(new, path)])
+    checkpoint_read, damage = load_newest(path)
+    assert (checkpoint_read.step, damage) == (2, None)
+
+
+def test_a_save_that_begins_to_end_under_a_reader_gives_it_the_old_state(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, checkpoint(1))
+    a_save_goes_on(monkeypatch, [(path, tmp_path / "c.pt.previous")])
+    checkpoint_read, damage = load_newest(path)
+    assert (checkpoint_read.step, damage) == (1, None)
+
+
+def test_a_file_that_a_save_moves_away_is_said_to_be_missing(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, checkpoint(1))
+    a_save_goes_on(monkeypatch, [(path, tmp_path / "c.pt.previous")])
+    with pytest.raises(CheckpointMissing, match="does not exist"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointMissing, match="does not exist"):
+        load_checkpoint(tmp_path / "c.pt.previous" / "c.pt")
+    with pytest.raises(CheckpointError, match="is a directory"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_first_save_that_was_half_written_when_a_reader_came_is_no_damage(tmp_path, monkeypatch):
+    path, new, whole = tmp_path / "c.pt", tmp_path / "c.pt.new", tmp_path / "whole"
+    save_checkpoint(whole, checkpoint(1))
+    new.write_bytes(b"half")
+    a_save_goes_on(monkeypatch, [(new, tmp_path / "gone"), (whole, path)], after=True)
+    checkpoint_read, damage = load_newest(path)
+    assert (checkpoint_read.step, damage) == (1, None)
+
+
+def test_a_first_save_that_ends_after_the_look_at_its_name_is_found(tmp_path, monkeypatch):
+    path, whole, is_file = tmp_path / "c.pt", tmp_path / "whole", Path.is_file
+    save_checkpoint(whole, checkpoint(1))
+    (tmp_path / "c.pt.new").write_bytes(b"half")
+    looks = []
+
+    def counted(file):
+        looks.extend([file] if file == path else [])
+        if len(looks) == 2 and whole.exists():
+            whole.rename(path)
+        return is_file(file)
+
+    monkeypatch.setattr(Path, "is_file", counted)
+    checkpoint_read, damage = load_newest(path)
+    assert (checkpoint_read.step, damage) == (1, None)
 
 
 def test_a_checkpoint_with_its_digest_beside_it_is_still_read_and_checked(tmp_path):

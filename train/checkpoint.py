@@ -29,6 +29,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: says which and why."""
 
 
+class CheckpointMissing(CheckpointError):
+    """There is no such file, or a save has just moved it away."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """The state of a run after update `step`.
@@ -76,11 +80,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint and check it against its digest.
 
     Raises:
-        CheckpointError: it does not exist, is damaged, or is not a checkpoint of this program.
+        CheckpointMissing: it does not exist.
+        CheckpointError: it is damaged, or is not a checkpoint of this program.
     """
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointMissing(f"checkpoint {path} does not exist") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"checkpoint {path} is a directory") from error
     digests = _digests(path, data)
     if digests and digests[0] != digests[1]:
         raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not have the digest {digests[2]}")
@@ -107,18 +115,24 @@ def load_newest(path: Path) -> tuple[Checkpoint, str | None] | None:
     """
     new, previous = (path.with_name(path.name + suffix) for suffix in (".new", ".previous"))
     problems: list[str] = []
-    # a half-written .new is what a crash leaves; it counts only where `path` has already been moved away
-    # (and again `path`: a save may end while this looks)
-    for candidate in (path, previous) if path.is_file() else (new, path, previous):
-        if not candidate.is_file():
-            continue
-        try:
-            return load_checkpoint(candidate), "; ".join(problems) or None
-        except CheckpointError as error:
-            problems.append(str(error))
-    if problems and (path.is_file() or previous.is_file()):
-        raise CheckpointError("; ".join(problems))
-    return None
+    # the first save may end while the first look goes on
+    for _ in range(2):
+        problems.clear()
+        # a half-written .new is what a crash leaves; it counts only where `path` has already been moved away
+        # (a save moves files from left to right: none is missed)
+        for candidate in (path, previous) if path.is_file() else (new, path, previous):
+            try:
+                checkpoint = load_checkpoint(candidate)
+            except CheckpointMissing:
+                continue
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            # where `path` is back, .new was read while a save wrote it
+            return checkpoint, None if candidate == path else "; ".join(problems) or None
+        if not (path.is_file() or previous.is_file()):
+            return None
+    raise CheckpointError("; ".join(problems))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
