@@ -1,5 +1,6 @@
 """Checkpoints: exact, and usable after a crash at any moment of a save."""
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -224,6 +225,44 @@ def test_a_checkpoint_with_its_digest_beside_it_is_still_read_and_checked(tmp_pa
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"is damaged: its bytes do not have the digest in c\.pt\.sha256"):
         load_checkpoint(path)
+
+
+def test_a_damaged_digest_beside_a_checkpoint_is_said(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, checkpoint(3))
+    in_the_old_form(path)
+    path.with_name("c.pt.sha256").write_bytes(b"\xff" * 64)
+    with pytest.raises(CheckpointError, match=r"is damaged: its bytes do not have the digest in c\.pt\.sha256"):
+        load_checkpoint(path)
+    path.with_name("c.pt.sha256").unlink()
+    assert load_checkpoint(path).step == 3
+
+
+def test_a_damaged_seal_does_not_let_a_damaged_weight_pass(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, checkpoint(3))
+    data = path.read_bytes()
+    weight = data.index(checkpoint(3).model["w"].numpy().tobytes())
+    # length of the comment, its mark, the digest
+    for place in range(len(data) - 83, len(data)):
+        for bit in range(8):
+            damaged = bytearray(data)
+            damaged[weight] ^= 1
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match="is damaged"):
+                load_checkpoint(path)
+
+
+@pytest.mark.parametrize("numbers", [12, 100_000])
+def test_a_checkpoint_that_was_cut_anywhere_near_its_end_is_refused(tmp_path, numbers):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, dataclasses.replace(checkpoint(3), model={"w": torch.ones(numbers)}))
+    data = path.read_bytes()
+    for missing in range(1, 101):
+        path.write_bytes(data[:-missing])
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load_checkpoint(path)
 
 
 def test_the_digest_leaves_the_file_one_that_torch_reads(tmp_path):

@@ -23,6 +23,8 @@ import torch
 FORMAT = 1
 _MARK = b"ridgeline sha256 "
 _HEX = 64
+# the end of a zip archive without a comment: of files of before the seal, and of no sealed one
+_NO_COMMENT = b"\0\0"
 
 
 class CheckpointError(ValueError):
@@ -99,6 +101,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} is damaged: it cannot be read ({reason})") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this program, or of another format than {FORMAT}")
+    if not digests and not data.endswith(_NO_COMMENT):
+        raise CheckpointError(f"checkpoint {path} is damaged: the digest at its end is damaged or gone")
     names = {field.name for field in dataclasses.fields(Checkpoint)}
     if content.keys() != names:
         raise CheckpointError(f"checkpoint {path} must hold {', '.join(sorted(names))}; it holds other things")
@@ -173,8 +177,8 @@ def _is_usable(path: Path) -> bool:
 
 def _sealed(archive: bytes) -> bytes:
     """A zip archive without a comment, as `torch.save` writes it, with the SHA-256 of all before it as its comment."""
-    assert archive[-2:] == b"\0\0"
-    data = archive[:-2] + struct.pack("<H", len(_MARK) + _HEX) + _MARK
+    assert archive.endswith(_NO_COMMENT)
+    data = archive.removesuffix(_NO_COMMENT) + struct.pack("<H", len(_MARK) + _HEX) + _MARK
     return data + _sha256(data).encode()
 
 
@@ -184,7 +188,9 @@ def _digests(path: Path, data: bytes) -> tuple[str, str, str] | None:
     if end >= len(_MARK):
         return data[end:].decode("ascii", "replace"), _sha256(data[:end]), "at their end"
     beside = _digest_file(path)
-    return (beside.read_text().strip(), _sha256(data), f"in {beside.name}") if beside.is_file() else None
+    if not beside.is_file():
+        return None
+    return beside.read_text("ascii", "replace").strip(), _sha256(data), f"in {beside.name}"
 
 
 def _digest_file(path: Path) -> Path:
