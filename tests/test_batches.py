@@ -5,8 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+import train.batches
+from perceiver.model import Perceiver
 from tests.tiny_runs import tiny_recipe, train_quietly
 from train.batches import StageBatches, check_batches, stage_data
+from train.data import count_train_rows
+from train.starting_point import LoadedModel, StartPoint
 
 
 def batches(number=2):
@@ -28,12 +32,34 @@ def test_an_epoch_visits_every_row_once():
 
 def test_a_batch_that_a_later_stage_has_no_rows_for_is_found_before_the_first_update(tmp_path):
     recipe = tiny_recipe()
-    check_batches(recipe)
+    check_batches(recipe, 0)
     last = dataclasses.replace(recipe.stages[2], batch=33)
     recipe = dataclasses.replace(recipe, stages=(*recipe.stages[:2], last))
     with pytest.raises(ValueError, match=r"stages\.2\.batch must be at most 32, the rows that roofs:.* got 33"):
         train_quietly(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_stage_that_is_behind_is_not_checked_and_its_set_not_opened(tmp_path, monkeypatch):
+    recipe = tiny_recipe()
+    first = dataclasses.replace(recipe.stages[0], batch=33)
+    recipe = dataclasses.replace(recipe, stages=(first, *recipe.stages[1:]))
+    opened = []
+
+    def counted(uri, **kwargs):
+        opened.append(uri)
+        return count_train_rows(uri, **kwargs)
+
+    monkeypatch.setattr(train.batches, "count_train_rows", counted)
+    with pytest.raises(ValueError, match=r"stages\.0\.batch must be at most 32"):
+        check_batches(recipe, 7)
+    opened.clear()
+    check_batches(recipe, 8)
+    assert opened == [recipe.stages[1].data]
+    loaded = LoadedModel(
+        model=Perceiver(recipe.model), postprocess=recipe.postprocess, record={"file": "x", "weights": ""}
+    )
+    assert train_quietly(recipe, tmp_path / "run", start=StartPoint(loaded=loaded, stage=2))
 
 
 def test_rows_are_gathered_in_the_form_that_is_asked_for():

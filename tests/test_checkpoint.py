@@ -1,8 +1,10 @@
 """Checkpoints: exact, and usable after a crash at any moment of a save."""
 
+import dataclasses
 import errno
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from train.checkpoint import (
     Checkpoint,
     CheckpointError,
+    CheckpointMissing,
     load_checkpoint,
     load_newest,
     save_checkpoint,
@@ -43,7 +46,7 @@ def test_the_previous_checkpoint_is_kept(tmp_path):
 
 def test_there_may_be_none(tmp_path):
     assert load_newest(tmp_path / "c.pt") is None
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointMissing, match="does not exist"):
         load_checkpoint(tmp_path / "c.pt")
 
 
@@ -142,6 +145,76 @@ def test_a_reader_moves_no_file_that_a_save_is_about_to_move(tmp_path):
     assert [x.name for x in tmp_path.iterdir()] == ["c.pt.new"]
 
 
+def a_save_goes_on(monkeypatch, renames, *, after=False):
+    """Let a save rename files before, or after, a reader reads the first of them."""
+    read = Path.read_bytes
+
+    def interrupted(path):
+        data = read(path) if after and path == renames[0][0] else None
+        for source, target in renames if path == renames[0][0] and path.exists() else ():
+            source.rename(target)
+        return read(path) if data is None else data
+
+    monkeypatch.setattr(Path, "read_bytes", interrupted)
+
+
+@pytest.mark.parametrize("steps", [(2,), (1, 2)], ids=["first save", "later save"])
+def test_a_save_that_ends_under_a_reader_gives_it_the_new_state(tmp_path, monkeypatch, steps):
+    path, new = tmp_path / "c.pt", tmp_path / "c.pt.new"
+    for step in steps:
+        save_checkpoint(path, checkpoint(step))
+    path.rename(new)
+    a_save_goes_on(monkeypatch, [(new, path)])
+    checkpoint_read, damage = load_newest(path)
+    assert (checkpoint_read.step, damage) == (2, None)
+
+
+def test_a_save_that_begins_to_end_under_a_reader_gives_it_the_old_state(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, checkpoint(1))
+    a_save_goes_on(monkeypatch, [(path, tmp_path / "c.pt.previous")])
+    checkpoint_read, damage = load_newest(path)
+    assert (checkpoint_read.step, damage) == (1, None)
+
+
+def test_a_file_that_a_save_moves_away_is_said_to_be_missing(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, checkpoint(1))
+    a_save_goes_on(monkeypatch, [(path, tmp_path / "c.pt.previous")])
+    with pytest.raises(CheckpointMissing, match="does not exist"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointMissing, match="does not exist"):
+        load_checkpoint(tmp_path / "c.pt.previous" / "c.pt")
+    with pytest.raises(CheckpointError, match="is a directory"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_first_save_that_was_half_written_when_a_reader_came_is_no_damage(tmp_path, monkeypatch):
+    path, new, whole = tmp_path / "c.pt", tmp_path / "c.pt.new", tmp_path / "whole"
+    save_checkpoint(whole, checkpoint(1))
+    new.write_bytes(b"half")
+    a_save_goes_on(monkeypatch, [(new, tmp_path / "gone"), (whole, path)], after=True)
+    checkpoint_read, damage = load_newest(path)
+    assert (checkpoint_read.step, damage) == (1, None)
+
+
+def test_a_first_save_that_ends_after_the_look_at_its_name_is_found(tmp_path, monkeypatch):
+    path, whole, is_file = tmp_path / "c.pt", tmp_path / "whole", Path.is_file
+    save_checkpoint(whole, checkpoint(1))
+    (tmp_path / "c.pt.new").write_bytes(b"half")
+    looks = []
+
+    def counted(file):
+        looks.extend([file] if file == path else [])
+        if len(looks) == 2 and whole.exists():
+            whole.rename(path)
+        return is_file(file)
+
+    monkeypatch.setattr(Path, "is_file", counted)
+    checkpoint_read, damage = load_newest(path)
+    assert (checkpoint_read.step, damage) == (1, None)
+
+
 def test_a_checkpoint_with_its_digest_beside_it_is_still_read_and_checked(tmp_path):
     path = tmp_path / "c.pt"
     save_checkpoint(path, checkpoint(3))
@@ -152,6 +225,44 @@ def test_a_checkpoint_with_its_digest_beside_it_is_still_read_and_checked(tmp_pa
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"is damaged: its bytes do not have the digest in c\.pt\.sha256"):
         load_checkpoint(path)
+
+
+def test_a_damaged_digest_beside_a_checkpoint_is_said(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, checkpoint(3))
+    in_the_old_form(path)
+    path.with_name("c.pt.sha256").write_bytes(b"\xff" * 64)
+    with pytest.raises(CheckpointError, match=r"is damaged: its bytes do not have the digest in c\.pt\.sha256"):
+        load_checkpoint(path)
+    path.with_name("c.pt.sha256").unlink()
+    assert load_checkpoint(path).step == 3
+
+
+def test_a_damaged_seal_does_not_let_a_damaged_weight_pass(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, checkpoint(3))
+    data = path.read_bytes()
+    weight = data.index(checkpoint(3).model["w"].numpy().tobytes())
+    # length of the comment, its mark, the digest
+    for place in range(len(data) - 83, len(data)):
+        for bit in range(8):
+            damaged = bytearray(data)
+            damaged[weight] ^= 1
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match="is damaged"):
+                load_checkpoint(path)
+
+
+@pytest.mark.parametrize("numbers", [12, 100_000])
+def test_a_checkpoint_that_was_cut_anywhere_near_its_end_is_refused(tmp_path, numbers):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, dataclasses.replace(checkpoint(3), model={"w": torch.ones(numbers)}))
+    data = path.read_bytes()
+    for missing in range(1, 101):
+        path.write_bytes(data[:-missing])
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load_checkpoint(path)
 
 
 def test_the_digest_leaves_the_file_one_that_torch_reads(tmp_path):

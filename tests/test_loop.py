@@ -16,7 +16,7 @@ import pytest
 import train.graph
 import train.loop
 from tests.tiny_runs import final_state, tiny_recipe, train_quietly, write_recipe
-from train.checkpoint import load_checkpoint
+from train.checkpoint import CheckpointError, load_checkpoint
 from train.compare import compare_runs
 from train.config import load_recipe
 from train.loop import run
@@ -213,6 +213,29 @@ def test_a_run_whose_checkpoint_is_lost_goes_on_from_a_state_that_stayed(finishe
     assert compare_runs(finished, path).differences == ()
     for name in ("trace.jsonl", "metrics.jsonl", "certificate.json"):
         assert (path / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_run_whose_checkpoints_are_both_damaged_goes_on_from_a_state_that_stayed(finished, tmp_path):
+    recipe, path = tiny_recipe(keep_every=7), tmp_path / "run"
+    shutil.copytree(finished, path)
+    for name in ("checkpoint.pt", "checkpoint.pt.previous"):
+        (path / name).write_bytes(b"half a checkpo")
+    lines: list[str] = []
+    assert run(recipe, path, device="cpu", progress=False, say=lines.append)
+    (said,) = [line for line in lines if "going on from" in line]
+    assert re.search(r"pt is damaged: .*\.previous is damaged: .*; going on from step000014\.pt, step 14$", said)
+    assert compare_runs(finished, path).differences == ()
+
+
+def test_a_run_with_damaged_checkpoints_and_no_state_that_stayed_is_not_begun_anew(finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    for file in path.glob("*.pt*"):
+        file.write_bytes(b"half a checkpo")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"pt is damaged: .*\.previous is damaged: "):
+        train_quietly(tiny_recipe(keep_every=7), path)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
 def test_a_finished_run_is_not_begun_anew_for_want_of_a_checkpoint(finished, tmp_path):

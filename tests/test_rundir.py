@@ -7,7 +7,7 @@ import os
 import pytest
 
 from train.config import load_recipe
-from train.rundir import RunDirectory, RunRefused
+from train.rundir import RunDirectory, RunRefused, kept_states
 
 RECIPE = load_recipe("tiny")
 
@@ -49,6 +49,17 @@ def test_a_recipe_stays_with_every_state_that_stays(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(RunRefused, match=r"different: seed"):
         directory.fix_recipe(dataclasses.replace(RECIPE, seed=9))
+
+
+def test_states_that_stay_are_in_the_order_of_stages_and_steps(tmp_path):
+    names = [f"stage{n}" for n in (10, 1, 2)] + ["step1000000", "step000500", "stage2_tail", "stage10_tail"]
+    for name in [*names, "checkpoint", "stage", "stage2_old"]:
+        (tmp_path / f"{name}.pt").write_bytes(b"")
+    ends, steps = ["stage1", "stage2", "stage10"], ["step000500", "step1000000"]
+    assert [path.stem for path in RunDirectory(tmp_path).kept_states()] == ends + steps
+    found = [path.stem for path in kept_states(tmp_path, tails=True)]
+    assert [x for x in found if not x.endswith("_tail")] == ends + steps
+    assert [x for x in found if x.endswith("_tail")] == ["stage2_tail", "stage10_tail"]
 
 
 def test_logs_can_be_cleared(tmp_path):

@@ -21,15 +21,17 @@ def stage_data(recipe: Recipe, number: int, *, progress: bool = False) -> StageD
     )
 
 
-def check_batches(recipe: Recipe) -> None:
-    """Check that every stage has the rows that its batch takes, before the first of them is trained.
+def check_batches(recipe: Recipe, step: int) -> None:
+    """Check that every stage that ends after update `step` has the rows that its batch takes, before it is trained.
 
     Raises:
         ValueError: names the stage's batch.
         SourceError: see `count_train_rows`.
     """
-    rows = {uri: count_train_rows(uri, **_kept_out(recipe)) for uri in {stage.data: None for stage in recipe.stages}}
-    for i, stage in enumerate(recipe.stages):
+    ahead = {i: stage for i, stage in enumerate(recipe.stages) if stage.until > step}
+    sets = dict.fromkeys(stage.data for stage in ahead.values())
+    rows = {uri: count_train_rows(uri, **_kept_out(recipe)) for uri in sets}
+    for i, stage in ahead.items():
         if stage.batch > rows[stage.data]:
             raise ValueError(
                 f"stages.{i}.batch must be at most {rows[stage.data]:,}, the rows that {stage.data} has to train on, "

@@ -23,10 +23,16 @@ import torch
 FORMAT = 1
 _MARK = b"ridgeline sha256 "
 _HEX = 64
+# the end of a zip archive without a comment: of files of before the seal, and of no sealed one
+_NO_COMMENT = b"\0\0"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: says which and why."""
+
+
+class CheckpointMissing(CheckpointError):
+    """There is no such file, or a save has just moved it away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +82,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint and check it against its digest.
 
     Raises:
-        CheckpointError: it does not exist, is damaged, or is not a checkpoint of this program.
+        CheckpointMissing: it does not exist.
+        CheckpointError: it is damaged, or is not a checkpoint of this program.
     """
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointMissing(f"checkpoint {path} does not exist") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"checkpoint {path} is a directory") from error
     digests = _digests(path, data)
     if digests and digests[0] != digests[1]:
         raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not have the digest {digests[2]}")
@@ -91,6 +101,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} is damaged: it cannot be read ({reason})") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this program, or of another format than {FORMAT}")
+    if not digests and not data.endswith(_NO_COMMENT):
+        raise CheckpointError(f"checkpoint {path} is damaged: the digest at its end is damaged or gone")
     names = {field.name for field in dataclasses.fields(Checkpoint)}
     if content.keys() != names:
         raise CheckpointError(f"checkpoint {path} must hold {', '.join(sorted(names))}; it holds other things")
@@ -107,18 +119,24 @@ def load_newest(path: Path) -> tuple[Checkpoint, str | None] | None:
     """
     new, previous = (path.with_name(path.name + suffix) for suffix in (".new", ".previous"))
     problems: list[str] = []
-    # a half-written .new is what a crash leaves; it counts only where `path` has already been moved away
-    # (and again `path`: a save may end while this looks)
-    for candidate in (path, previous) if path.is_file() else (new, path, previous):
-        if not candidate.is_file():
-            continue
-        try:
-            return load_checkpoint(candidate), "; ".join(problems) or None
-        except CheckpointError as error:
-            problems.append(str(error))
-    if problems and (path.is_file() or previous.is_file()):
-        raise CheckpointError("; ".join(problems))
-    return None
+    # the first save may end while the first look goes on
+    for _ in range(2):
+        problems.clear()
+        # a half-written .new is what a crash leaves; it counts only where `path` has already been moved away
+        # (a save moves files from left to right: none is missed)
+        for candidate in (path, previous) if path.is_file() else (new, path, previous):
+            try:
+                checkpoint = load_checkpoint(candidate)
+            except CheckpointMissing:
+                continue
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            # where `path` is back, .new was read while a save wrote it
+            return checkpoint, None if candidate == path else "; ".join(problems) or None
+        if not (path.is_file() or previous.is_file()):
+            return None
+    raise CheckpointError("; ".join(problems))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -159,8 +177,8 @@ def _is_usable(path: Path) -> bool:
 
 def _sealed(archive: bytes) -> bytes:
     """A zip archive without a comment, as `torch.save` writes it, with the SHA-256 of all before it as its comment."""
-    assert archive[-2:] == b"\0\0"
-    data = archive[:-2] + struct.pack("<H", len(_MARK) + _HEX) + _MARK
+    assert archive.endswith(_NO_COMMENT)
+    data = archive.removesuffix(_NO_COMMENT) + struct.pack("<H", len(_MARK) + _HEX) + _MARK
     return data + _sha256(data).encode()
 
 
@@ -170,7 +188,9 @@ def _digests(path: Path, data: bytes) -> tuple[str, str, str] | None:
     if end >= len(_MARK):
         return data[end:].decode("ascii", "replace"), _sha256(data[:end]), "at their end"
     beside = _digest_file(path)
-    return (beside.read_text().strip(), _sha256(data), f"in {beside.name}") if beside.is_file() else None
+    if not beside.is_file():
+        return None
+    return beside.read_text("ascii", "replace").strip(), _sha256(data), f"in {beside.name}"
 
 
 def _digest_file(path: Path) -> Path:

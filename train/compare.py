@@ -19,7 +19,7 @@ from train.anatomy import KINDS, Anatomy, differing_tensors
 from train.checkpoint import load_checkpoint
 from train.config import differing_keys, read_object
 from train.replay import CannotCheck, initial_weights, readable, recompute_update
-from train.rundir import RunRefused, read_log, whole_lines
+from train.rundir import RunRefused, kept_states, read_log, whole_lines
 from train.trace import Line, in_order, state_tensors
 
 
@@ -83,8 +83,7 @@ def compare_runs(
 
 def _kept(path: Path) -> list[str]:
     """The names of the checkpoints that a run keeps, in the order of stages and steps."""
-    names = [p.name for p in path.glob("*.pt") if re.fullmatch(r"stage\d+(_tail)?|step\d+", p.stem)]
-    return sorted(names, key=lambda name: (len(name), name))
+    return [file.name for file in kept_states(path, tails=True)]
 
 
 def _steps(trace: Sequence[Line]) -> set[int]:

@@ -56,7 +56,7 @@ def run(
     Returns:
         False if the directory already held the complete run.
     Raises:
-        ValueError: a stage has fewer rows than its batch takes, or its data cannot be had.
+        ValueError: a stage ahead has fewer rows than its batch takes, or its data cannot be had.
         RunRefused: the directory is in use, cannot be written, or holds something else.
         RunStopped: SIGINT or SIGTERM; the state is saved.
         RunDiverged: a value is not finite, everything goes to the dustbin after a warm-up and 500 updates of a stage,
@@ -78,7 +78,7 @@ def run(
         trainer.restore(start)
         if trainer.step == recipe.stages[-1].until:
             return False
-        check_batches(recipe)
+        check_batches(recipe, trainer.step)
         trainer.note_process()
         with signals_noted() as caught:
             for number, stage in enumerate(recipe.stages, start=1):

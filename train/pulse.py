@@ -1,6 +1,7 @@
 """What stops a run that has nothing left to learn from: values that are not finite, a collapsed loss, a temperature.
 
-A state is checked before it is saved or evaluated: what a checkpoint holds can be gone on from.
+Weights are checked before they are saved or evaluated, with the loss and the norm of the gradient that led to them; the
+optimizer's moments are not.
 """
 
 import math

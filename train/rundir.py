@@ -88,8 +88,8 @@ class RunDirectory:
             )
 
     def kept_states(self) -> list[Path]:
-        """The states that stay beside the newest checkpoint: ends of stages, and those of `keep_every`."""
-        return [path for path in sorted(self.path.glob("*.pt")) if re.fullmatch(r"(stage|step)\d+", path.stem)]
+        """See `kept_states`."""
+        return kept_states(self.path)
 
     def append(self, log: str, **values: Any) -> None:
         """Append one line to `<log>.jsonl`; see `extend`."""
@@ -131,6 +131,16 @@ class RunDirectory:
         """The lines of `<log>.jsonl`; empty where there is no such file."""
         path = self.path / f"{log}.jsonl"
         return read_log(path) if path.exists() else []
+
+
+def kept_states(path: Path, *, tails: bool = False) -> list[Path]:
+    """The states that stay beside a run's newest checkpoint, in the order of stages and of steps.
+
+    They are the ends of stages, with `tails` also the states a few updates before them, and those of `keep_every`.
+    """
+    pattern = r"stage\d+(_tail)?|step\d+" if tails else r"(stage|step)\d+"
+    found = [file for file in path.glob("*.pt") if re.fullmatch(pattern, file.stem)]
+    return sorted(found, key=lambda file: (len(file.name), file.name))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -93,7 +93,7 @@ def load_start(path: Path, stage: int, recipe: Recipe) -> StartPoint:
 
 
 def load_state(directory: RunDirectory, recipe: Recipe) -> tuple[Checkpoint, str | None] | None:
-    """Load the state that a run goes on from: its newest checkpoint or, where there is none, the newest that stays.
+    """Load the state that a run goes on from: its newest checkpoint or, where none is usable, the newest that stays.
 
     Returns:
         The state and, if it is not checkpoint.pt's, a sentence saying so; None where the run is to begin.
@@ -101,7 +101,10 @@ def load_state(directory: RunDirectory, recipe: Recipe) -> tuple[Checkpoint, str
         CheckpointError: there are checkpoints, and none is usable.
         RunRefused: the state is another recipe's, or the directory holds only the run's end, or unusable states.
     """
-    found = load_newest(directory.checkpoint)
+    try:
+        found, unusable = load_newest(directory.checkpoint), None
+    except CheckpointError as error:
+        found, unusable = None, error
     if found:
         checkpoint, damage = found
         directory.refuse_other(checkpoint.recipe, recipe)
@@ -116,8 +119,10 @@ def load_state(directory: RunDirectory, recipe: Recipe) -> tuple[Checkpoint, str
             directory.refuse_other(checkpoint.recipe, recipe)
         # else a tail, which a recipe that was corrected may have left
         if checkpoint.recipe == recipe_to_dict(recipe):
-            missing = f"{directory.checkpoint} does not exist"
-            return checkpoint, f"{missing}; going on from {path.name}, step {checkpoint.step:,}"
+            why = unusable or f"{directory.checkpoint} does not exist"
+            return checkpoint, f"{why}; going on from {path.name}, step {checkpoint.step:,}"
+    if unusable:
+        raise unusable
     if kept:
         raise RunRefused(
             f"run directory {directory.path} holds {kept[-1].name} but no state that this run could go on from: take "
