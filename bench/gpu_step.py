@@ -29,7 +29,7 @@ _PROCESSES = 20
 # many processes compile side by side: each starts few of its own; more where many kernels are tried out
 _COMPILER_THREADS = {True: "8", False: "3"}
 # of the time that one way at one shape may take when it is its turn
-SHARE = 0.2
+TURN_SHARE = 0.2
 
 
 def asked_for(ways: Sequence[str], shapes: Sequence[str]) -> list[tuple[str, str]]:
@@ -159,7 +159,7 @@ def time_ways(
         for name, (way, shape) in both.items():
             threads = {"TORCHINDUCTOR_COMPILE_THREADS": _COMPILER_THREADS[_tries_out(way)]}
             environment = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE, **threads}
-            workers.start(name, [*module, way, "--shapes", shape], environment, share=SHARE)
+            workers.start(name, [*module, way, "--shapes", shape], environment, turn_share=TURN_SHARE)
         for name, heard in workers:
             if not isinstance(heard, Ended):
                 cases |= {name: heard["case"]} if "case" in heard else {}
