@@ -25,7 +25,7 @@ TOTAL_S, CUT_S = 525.0, 10.0
 # without so much of it nothing can be compiled
 LEAST_PREPARE_S = 60.0
 _GATHER_EVERY_S = 5.0
-# POT and others import JAX where they find it, which takes three quarters of the GPU's memory unless it is told not to
+# for JAX, where a package other than POT imports it: see `bench.peers.POT_ALONE`
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 

@@ -70,6 +70,8 @@ def _event_seconds(replay: Callable[[], object], replays: int, rounds: int) -> l
 
 
 def _wall_seconds(run: Callable[[], object], device: torch.device) -> list[float]:
+    # the first call may load and compile, which says nothing about the others
+    _wall(run, device)
     once = _wall(run, device)
     for _ in range(WARM_UP if once <= LONG_S else 0):
         once = _wall(run, device)

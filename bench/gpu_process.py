@@ -49,7 +49,7 @@ class _Worker:
     output: Path
     turn: Path
     turn_s: float
-    share: float
+    turn_share: float
     rest: str = field(default="")
     held: bool = False
 
@@ -113,16 +113,16 @@ class Workers:
         environment: Mapping[str, str] | None = None,
         *,
         turn_s: float = math.inf,
-        share: float | None = None,
+        turn_share: float | None = None,
     ) -> None:
         """Queue a command; `environment` is added to this process's.
 
         Args:
             turn_s: bounds its turn, with what those before it did not use of theirs.
-            share: of the time for all turns, bounds its turn too. A worker for which either is given is told by when to
-                be prepared, another one by when to have ended.
+            turn_share: of the time for all turns, bounds its turn too. A worker for which either is given is told by
+                when to be prepared, another one by when to have ended.
         """
-        self._waiting.append((name, command, environment or {}, turn_s, share))
+        self._waiting.append((name, command, environment or {}, turn_s, turn_share))
 
     def left(self) -> float:
         """Seconds until the time is up."""
@@ -146,14 +146,14 @@ class Workers:
             busy += 1
 
     def _spawn(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], turn_s: float, share: float | None
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], turn_s: float, turn_share: float | None
     ) -> None:
         self._started += 1
         base = Path(self._scratch.name) / str(self._started)
         lines, output, turn = (base.with_suffix(suffix) for suffix in (".lines", ".out", ".turn"))
         lines.touch()
         told = {LINES: str(lines), TURN: str(turn), PARENT: str(os.getpid())}
-        if turn_s < math.inf or share is not None:
+        if turn_s < math.inf or turn_share is not None:
             told |= {PREPARED_BY: repr(self._prepared_by), ENDS_BY: repr(math.inf)}
         else:
             told |= {PREPARED_BY: repr(math.inf), ENDS_BY: repr(min(self._prepared_by, self._deadline))}
@@ -167,7 +167,7 @@ class Workers:
                 start_new_session=True,
             )
         self._running[name] = _Worker(
-            process=process, lines=lines.open(), output=output, turn=turn, turn_s=turn_s, share=share or 1.0
+            process=process, lines=lines.open(), output=output, turn=turn, turn_s=turn_s, turn_share=turn_share or 1.0
         )
 
     def _hear(self) -> Iterator[tuple[str, Line | Ended]]:
@@ -211,7 +211,7 @@ class Workers:
             worker, now = self._running[held[0]], time.monotonic()
             self._given_s += worker.turn_s
             bound = max(now + worker.turn_s, self._first_turn + self._given_s)
-            self._turn = held[0], min(bound, now + worker.share * self._turns_s, self._deadline)
+            self._turn = held[0], min(bound, now + worker.turn_share * self._turns_s, self._deadline)
             worker.held = False
             _write_whole(worker.turn, repr(self._turn[1]))
 

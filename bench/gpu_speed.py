@@ -39,7 +39,7 @@ PLAIN = "plain"
 NO_TURN = "right, but had no turn"
 NO_TIME = "there was no time to check it"
 # of the time, what these may take in their turn, and each other process
-SHARES, OTHER_SHARE = {OURS: 0.5, PLAIN: 0.6}, 0.2
+TURN_SHARES, OTHER_TURN_SHARE = {OURS: 0.5, PLAIN: 0.6}, 0.2
 # many processes compile and load side by side: each by few threads
 ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "2"}
 
@@ -157,7 +157,7 @@ def time_suite(suite: str, sheet: Sheet, *, at_once: int, seconds: float = math.
     command, cases = [sys.executable, "-m", "bench.gpu_speed", suite, "--worker"], {}
     with Workers(seconds=seconds, at_once=at_once, prepare=prepare) as workers:
         for name in rows:
-            workers.start(name, [*command, name], ENVIRONMENT, share=SHARES.get(name, OTHER_SHARE))
+            workers.start(name, [*command, name], ENVIRONMENT, turn_share=TURN_SHARES.get(name, OTHER_TURN_SHARE))
         for name, heard in workers:
             if isinstance(heard, Ended):
                 how = "cut by the clock" if heard.code is None else f"exit {heard.code}: {heard.tail[-200:]}"
@@ -181,7 +181,7 @@ def _work(suite: str, worker: str) -> int:
 
 
 def rows_of(suite: str, worker: str, device: torch.device) -> list[tuple[Problem, Peer]]:
-    """The rows of a worker, with inputs for no other problem than theirs."""
+    """The rows of a worker; one of a single row that is compiled has inputs for no other problem than its own."""
 
     def wanted(group: str) -> bool:
         return ": " not in worker or worker.startswith(f"{group}: ")

@@ -1,7 +1,8 @@
 """A training step of the published model on the GPU: ours in several forms, and PyTorch's ways to it.
 
-Each way has a process of its own for each shape, and shows the loss of float64 before it is timed. All are prepared
-side by side and timed one after the other, alone; last come the profiles of ours. Rows are generated roofs.
+Each way has a process of its own for each shape, and shows the loss of float64 before it is timed; a way of
+torch.compile shows that of what it compiles, and its rows have no error: see `bench.gpu_step_ways.plain_way`. All are
+prepared side by side and timed one after the other, alone; last come the profiles of ours. Rows are generated roofs.
 """
 
 import argparse
@@ -29,7 +30,7 @@ _PROCESSES = 20
 # many processes compile side by side: each starts few of its own; more where many kernels are tried out
 _COMPILER_THREADS = {True: "8", False: "3"}
 # of the time that one way at one shape may take when it is its turn
-SHARE = 0.2
+TURN_SHARE = 0.2
 
 
 def asked_for(ways: Sequence[str], shapes: Sequence[str]) -> list[tuple[str, str]]:
@@ -118,7 +119,7 @@ def _work(way: str, shape: str) -> int:
     torch.cuda.reset_peak_memory_stats()
     case |= warm_up(one_step, machine.device)
     case |= {"peak_mb": round(torch.cuda.max_memory_allocated() / 1e6), "precision": machine.precision}
-    case |= {"error": f"{error:.1e}", **_compiled_notes(way)}
+    case |= notes_of(way, error)
     torch.cuda.empty_cache()
     note(case={**case, "refused": "prepared, but had no turn"})
     wait_for_turn()
@@ -129,10 +130,15 @@ def _work(way: str, shape: str) -> int:
     return 0
 
 
-def _compiled_notes(way: str) -> dict[str, int]:
-    """How many graphs torch.compile made of the step, and how many it could not record as a CUDA graph."""
+def notes_of(way: str, error: float) -> dict[str, Any]:
+    """What a way's row says beside its times.
+
+    Returns:
+        error: of the loss, where the code that was checked is what is timed; of torch.compile, whose code was not, how
+        many graphs it made of the step, and how many of them it could not record as a CUDA graph.
+    """
     if not way.startswith(COMPILED):
-        return {}
+        return {"error": f"{error:.1e}"}
     from torch._dynamo.utils import counters
 
     skips = counters["inductor"]["cudagraph_skips"]
@@ -159,7 +165,7 @@ def time_ways(
         for name, (way, shape) in both.items():
             threads = {"TORCHINDUCTOR_COMPILE_THREADS": _COMPILER_THREADS[_tries_out(way)]}
             environment = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE, **threads}
-            workers.start(name, [*module, way, "--shapes", shape], environment, share=SHARE)
+            workers.start(name, [*module, way, "--shapes", shape], environment, turn_share=TURN_SHARE)
         for name, heard in workers:
             if not isinstance(heard, Ended):
                 cases |= {name: heard["case"]} if "case" in heard else {}

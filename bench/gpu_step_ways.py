@@ -55,8 +55,7 @@ UNBOUNDED = f"{COMPILED}, max-autotune"
 class BatchesAhead(StageBatches):
     """The batches of a stage's first updates, whose epochs were all drawn before the first of them.
 
-    Where a set has two batches, training would draw an epoch every second update, with its wait for the device; the
-    published sets have hundreds.
+    Where a set has two batches, training would draw an epoch every second update; the published sets have hundreds.
     """
 
     def __init__(self, recipe: Recipe, number: int, data: StageData, device: torch.device, *, steps: int = MOST_STEPS):
@@ -135,7 +134,8 @@ def plain_way(
 ) -> tuple[Callable[[], object], Callable]:
     """Return one step in plain PyTorch, under torch.compile where options for it are given, and its loss.
 
-    Of the backends of SDPA that take a mask, only MATH is deterministic.
+    The loss is computed by what is compiled, not by what was made of it: compiled code draws dropouts of its own, and
+    without them it would be another compilation. Of the backends of SDPA that take a mask, only MATH is deterministic.
     """
     model = PlainPerceiver(at.model, at.recipe.model.dropout)
     compute = plain_loss(at.recipe, at.stage)

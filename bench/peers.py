@@ -58,7 +58,7 @@ class Peer:
             raise ImportError("not installed")
 
 
-# POT imports every framework that it finds, of which one takes three quarters of a GPU's memory when it is imported
+# POT imports every framework that it finds, of which JAX takes three quarters of a GPU's memory when it is imported
 POT_ALONE = {f"POT_BACKEND_DISABLE_{name}": "1" for name in ("JAX", "TENSORFLOW", "CUPY")}
 OURS = Peer(name="ridgeline", solve=lambda: None, package=None, licence="Apache-2.0")
 

@@ -184,12 +184,10 @@ def _attend(
 
 @triton.jit
 def _no_keys(BLOCK_T: tl.constexpr, D: tl.constexpr):
-    """Sums o, l and maximum m of no keys.
-
-    The zeros of o are hidden from the compiler: for sm_100, Triton (3.6 to 3.9) turns a choice between a product's sum
-    and a constant 0 into "start from 0" of the next product, also where the loop ends and no such product follows.
-    """
+    """Sums o, l and maximum m of no keys."""
     return (
+        # hidden from the compiler: for sm_100, Triton (3.6 to 3.9) turns a choice between a product's sum and a
+        # constant 0 into "start from 0" of the next product, also where the loop ends and no such product follows
         tl.zeros([BLOCK_T, D], tl.int32).to(tl.float32, bitcast=True),
         tl.zeros([BLOCK_T], tl.float32),
         tl.full([BLOCK_T], -INF, tl.float32),

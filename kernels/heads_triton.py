@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.log1p_tile import artanh_series
+from kernels.log1p_tile import softplus
 from kernels.reduce import sum_segments
 
 UNITS = 8
@@ -133,11 +133,8 @@ def _length(d0, d1, d2):
 
 @triton.jit
 def _softplus(z):
-    """log(1 + exp(z)), with log(1 + t) = 2 artanh(t / (2 + t)): small values keep their digits."""
-    t = _exp_of_minus(tl.abs(z))
-    s = tl.div_rn(t, 2.0 + t)
-    g = s * s
-    return tl.maximum(z, 0.0) + 2.0 * (s + s * (g * artanh_series(g)))
+    """log(1 + exp(z))."""
+    return softplus(z, _exp_of_minus(tl.abs(z)))
 
 
 @triton.jit

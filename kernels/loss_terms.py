@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from kernels.dispatch import resolve, values_are_readable
-from kernels.log1p_tile import artanh_series
+from kernels.log1p_tile import cross_entropy
 
 CONF_TARGETS = ("mass", "partner")
 # rows and lanes of the tile that the one program of the forward walks with, and its warps
@@ -286,12 +286,7 @@ def _loss_terms_bwd_kernel(
 
 @triton.jit
 def _cross_entropy(x, t):
-    e = _exp_minus_abs(x)
-    # log(1 + e) = 2 artanh(s)
-    s = e / (2.0 + e)
-    g = s * s
-    series = artanh_series(g)
-    return tl.where(x > 0, (1.0 - t) * x, -t * x) + 2.0 * s * (series * g + 1.0)
+    return cross_entropy(x, t, _exp_minus_abs(x))
 
 
 @triton.jit

@@ -54,7 +54,7 @@ def philox_4x32(
     Determinism: exact integer arithmetic; the same words on every device.
     """
     counters = (c0, c1, c2, c3)
-    check_key(seed, **{f"c{i}": counter for i, counter in enumerate(counters)})
+    check_key_and_counters(seed, **{f"c{i}": counter for i, counter in enumerate(counters)})
     tensors = [c for c in counters if isinstance(c, torch.Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
@@ -66,10 +66,10 @@ def philox_4x32(
     return w0, w1, w2, w3
 
 
-def check_key(seed: int, **counters: Counter) -> None:
-    """Refuse a seed that has more than 64 bits, and counters that are no words of 32 bits."""
+def check_key_and_counters(seed: int, **counters: Counter) -> None:
+    """Refuse a seed that is no int of 64 bits, and counters that are no words of 32 bits."""
     if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+        raise ValueError(f"seed must be an int in [0, 2^64), got {seed!r}")
     for name, counter in counters.items():
         if isinstance(counter, torch.Tensor):
             if counter.dtype != torch.int64:
@@ -166,8 +166,8 @@ def dropout_keep(
     if not 0 <= rate < 1:
         raise ValueError(f"rate must be in [0, 1), got {rate}")
     if scene_B.shape != shape[:1]:
-        raise ValueError(f"scene_B must be [B] with B = {shape[0]}, got shape {tuple(scene_B.shape)}")
-    check_key(seed, step=step, scene_B=scene_B, place=place)
+        raise ValueError(f"scene must be [B] with B = {shape[0]}, got shape {tuple(scene_B.shape)}")
+    check_key_and_counters(seed, step=step, scene=scene_B, place=place)
     if isinstance(step, torch.Tensor):
         if step.numel() != 1:
             raise ValueError(f"step must be one element, got shape {tuple(step.shape)}")

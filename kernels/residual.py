@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import resolve
-from kernels.philox import Counter, check_key, dropout_keep
+from kernels.philox import Counter, check_key_and_counters, dropout_keep
 from kernels.philox_tile import signed_seed
 from kernels.reduce import JointSums, Summand, sum_each
 from kernels.residual_triton import WIDEST, residual_norm_backward, residual_norm_forward, segments
@@ -313,7 +313,7 @@ def _check_draws(x_BTC, rate, seed, step, scene_B, place) -> None:
     """Refuse a key or counters that do not fit."""
     if not 0 <= rate < 1:
         raise ValueError(f"rate must be in [0, 1), got {rate}")
-    check_key(seed)
+    check_key_and_counters(seed)
     device = x_BTC.device
     if rate == 0:
         return
@@ -326,4 +326,4 @@ def _check_draws(x_BTC, rate, seed, step, scene_B, place) -> None:
         if misshaped or counter.dtype != torch.int64 or counter.device != device:
             got = f"shape {tuple(counter.shape)}, {counter.dtype} on {counter.device}"
             raise ValueError(f"{name} must be {count} of int64 on {device}, got {got}")
-    check_key(seed, step=step, scene=scene_B, place=place)
+    check_key_and_counters(seed, step=step, scene=scene_B, place=place)

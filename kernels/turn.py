@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.dispatch import resolve
-from kernels.philox import Counter, Place, check_key, philox_4x32, unit_interval
+from kernels.philox import Counter, Place, check_key_and_counters, philox_4x32, unit_interval
 from kernels.philox_tile import joined_seed, kernel_draws, signed_seed
 
 ROTATIONS = ("uniform", "half_turn", "none")
@@ -136,7 +136,7 @@ def _check(xyz_BT3, gt_BM23, scene_B, rotate, seed, step) -> None:
         raise ValueError(f"rotate must be one of {', '.join(ROTATIONS)}, got {rotate!r}")
     if isinstance(step, torch.Tensor) and (step.numel() != 1 or step.dtype != torch.int64):
         raise ValueError(f"step must be one element of int64, got shape {tuple(step.shape)}, {step.dtype}")
-    check_key(seed, step=step, scene=scene_B)
+    check_key_and_counters(seed, step=step, scene=scene_B)
     counters = [("gt", gt_BM23), ("scene", scene_B), *([("step", step)] if isinstance(step, torch.Tensor) else [])]
     for name, tensor in counters:
         if tensor.device != xyz_BT3.device:

@@ -56,6 +56,15 @@ def test_every_way_makes_steps_without_drawing_an_epoch(way, monkeypatch):
     assert not all(torch.equal(p, q) for p, q in zip(at.model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("way", gpu_step.WAYS)
+def test_a_row_has_an_error_only_where_the_code_that_was_checked_is_timed(way):
+    notes = gpu_step.notes_of(way, 1.2e-3)
+    if way.startswith("torch.compile"):
+        assert set(notes) == {"graphs", "cudagraph_skips"}
+    else:
+        assert notes == {"error": "1.2e-03"}
+
+
 def test_what_matters_most_has_its_turn_first_and_what_tries_out_kernels_one_shape():
     asked = gpu_step.asked_for(list(gpu_step.WAYS), list(gpu_step.SHAPES))
     first = list(dict.fromkeys(way for way, _ in asked))[:4]

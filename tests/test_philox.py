@@ -6,6 +6,7 @@ import torch
 from kernels.philox import (
     Counter,
     Place,
+    check_key_and_counters,
     dropout,
     dropout_keep,
     named_normal,
@@ -55,9 +56,9 @@ def test_result_does_not_depend_on_the_chunks(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole, philox_4x32(torch.arange(1000), 1, 2, 3, seed=5), strict=True))
 
 
-@pytest.mark.parametrize("seed", [-1, 1 << 64])
-def test_seed_out_of_range_is_refused(seed):
-    with pytest.raises(ValueError, match="seed must be in"):
+@pytest.mark.parametrize(("seed", "got"), [(-1, "-1"), (1 << 64, str(1 << 64)), (5.0, r"5\.0"), ("5", "'5'")])
+def test_seed_out_of_range_or_of_another_type_is_refused(seed, got):
+    with pytest.raises(ValueError, match=rf"seed must be an int in \[0, 2\^64\), got {got}$"):
         philox_4x32(0, 0, 0, 0, seed=seed)
 
 
@@ -81,8 +82,20 @@ def test_counters_out_of_range_are_refused(index, value, impl):
 
 
 def test_values_on_a_gpu_are_not_read(monkeypatch):
+    """A tensor for which `values_are_readable` says no stands for one on a GPU."""
+
+    class Read(Exception):
+        pass
+
+    def read(tensor):
+        raise Read
+
+    counter = torch.tensor([-1])
+    monkeypatch.setattr(torch.Tensor, "aminmax", read)
+    with pytest.raises(Read):
+        check_key_and_counters(0, c0=counter)
     monkeypatch.setattr("kernels.philox.values_are_readable", lambda tensor: False)
-    philox_4x32(torch.tensor([-1]), 0, 0, 0, seed=0)
+    check_key_and_counters(0, c0=counter)
 
 
 def test_unit_interval_is_exact_at_its_ends():
@@ -141,9 +154,9 @@ def test_dropout_rate_out_of_range_is_refused(rate):
         ({"step": torch.tensor(7, dtype=torch.int32)}, "step must be int64, got torch.int32"),
         ({"step": torch.tensor([7, 8])}, r"step must be one element, got shape \(2,\)"),
         ({"place": -1}, r"place must be an int in \[0, 2\^32\), got -1"),
-        ({"scene_B": torch.zeros(2, dtype=torch.int32)}, "scene_B must be int64, got torch.int32"),
-        ({"scene_B": torch.tensor([3, 1 << 32])}, r"scene_B must be in \[0, 2\^32\), got 3 to 4294967296"),
-        ({"seed": -1}, r"seed must be in \[0, 2\^64\), got -1"),
+        ({"scene_B": torch.zeros(2, dtype=torch.int32)}, "scene must be int64, got torch.int32"),
+        ({"scene_B": torch.tensor([3, 1 << 32])}, r"scene must be in \[0, 2\^32\), got 3 to 4294967296"),
+        ({"seed": -1}, r"seed must be an int in \[0, 2\^64\), got -1"),
     ],
 )
 def test_a_dropouts_key_out_of_range_or_of_another_type_is_refused(changes, message):
@@ -181,7 +194,7 @@ def test_dropout_compiles_in_one_graph():
 
 
 def test_dropout_needs_a_scene_per_item():
-    with pytest.raises(ValueError, match="scene_B must be"):
+    with pytest.raises(ValueError, match=r"scene must be \[B\] with B = 2, got shape \(1,\)"):
         dropout_keep((2, 2), 0.5, seed=0, step=0, scene_B=torch.zeros(1, dtype=torch.int64), place=1024)
 
 

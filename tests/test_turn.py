@@ -135,7 +135,7 @@ def test_torch_compile_gives_the_bits_of_eager(device):
         ({"gt_BM23": torch.zeros(2, 2, 2, 3, device="meta")}, "gt must be on the device of xyz, cpu, got meta"),
         ({"scene_B": torch.zeros(2)}, r"scene must be \[2\] of int64, got shape \(2,\), torch.float32"),
         ({"rotate": "slightly"}, "rotate must be one of uniform, half_turn, none, got 'slightly'"),
-        ({"seed": -1}, r"seed must be in \[0, 2\^64\), got -1"),
+        ({"seed": -1}, r"seed must be an int in \[0, 2\^64\), got -1"),
         ({"step": -1}, r"step must be an int in \[0, 2\^32\), got -1"),
         ({"step": 2**32}, r"step must be an int in \[0, 2\^32\), got 4294967296"),
         ({"step": 1.5}, r"step must be an int in \[0, 2\^32\), got 1.5"),
