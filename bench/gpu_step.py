@@ -89,7 +89,7 @@ def _finish(device: torch.device) -> None:
 def profile(one_step: Callable[[], object]) -> dict[str, Any]:
     """Device time of a step by kernel name: milliseconds and launches, the longest first."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as recorded:
+    with torch.profiler.profile(activities=activities, acc_events=True) as recorded:
         for _ in range(PROFILED):
             one_step()
         torch.cuda.synchronize()

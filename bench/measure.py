@@ -138,7 +138,9 @@ def peak_bytes(run: Callable[[], object]) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # acc_events: without it PyTorch 2.11 warns
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         run()
     held = peak = 0
     # every allocation and release in order, which the public tables only show as sums per operator

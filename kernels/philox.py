@@ -210,6 +210,6 @@ class _Dropout(torch.autograd.Function):
 
 
 def _scaled(x: torch.Tensor, bits: torch.Tensor, scale: float) -> torch.Tensor:
-    y = (x.float() * scale).contiguous()
-    y.view(torch.int32).bitwise_and_(bits)
-    return y.to(x.dtype)
+    y = (x.float() * scale).contiguous().view(torch.int32).bitwise_and_(bits).view(torch.float32)
+    # PyTorch 2.11 compiles the gradient of an autograd function that ends in a `to` without effect to zeros
+    return y if x.dtype == y.dtype else y.to(x.dtype)
