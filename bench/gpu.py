@@ -59,6 +59,7 @@ PARTS = {
     "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn", "--processes", "6"), alone_s=45, niceness=5),
     "points": Part(command=_module("bench.gpu_speed", "points"), alone_s=12, niceness=5),
     "tiles": Part(command=_module("bench.gpu_tiles"), alone_s=60, unasked=False),
+    "seams": Part(command=_module("bench.gpu_seams"), alone_s=30, unasked=False),
     "autotune": Part(
         command=_module("bench.gpu_step", "--ways", "torch.compile, max-autotune"), alone_s=30, unasked=False
     ),

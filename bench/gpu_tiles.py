@@ -96,15 +96,18 @@ def catch(kernel: str, tile: Tile | None, tensors: Tensors) -> Caught:
     return caught
 
 
-def time_tile(kernel: str, tile: Tile | None, tensors: Tensors, truth: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Time a launch alone, or say under "red" that its results are not those at the table's tile."""
-    caught = catch(kernel, tile, tensors)
-    found = [caught.arguments[i] for i in KERNELS[kernel][2]]
+def time_caught(caught: Caught, results: Sequence[int], truth: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Time a launch alone, or say under "red" that its results are not those of the committed options.
+
+    Args:
+        results: places of its results among its arguments.
+    """
+    found = [caught.arguments[i] for i in results]
     error = max(
         float((x.float() - y.float()).abs().max() / y.float().abs().max()) for x, y in zip(found, truth, strict=True)
     )
     if not error <= BF16_TOLERANCE:
-        return {"red": f"differs by {error:.1e} from the table's tile"}
+        return {"red": f"differs by {error:.1e} from the committed options"}
 
     def run() -> Sequence[torch.Tensor]:
         caught.again()
@@ -118,9 +121,9 @@ def all_tiles() -> Iterator[tuple[str, Tile]]:
     yield from ((kernel, tile) for kernel, tiles in CANDIDATES.items() for tile in tiles)
 
 
-def compile_ahead(seconds: float, processes: int) -> None:
-    """Fill the cache of compiled kernels from processes side by side."""
-    command = [sys.executable, "-m", "bench.gpu_tiles", "--worker"]
+def compile_ahead(module: str, seconds: float, processes: int) -> None:
+    """Fill the cache of compiled kernels from processes side by side, each a worker of the module."""
+    command = [sys.executable, "-m", module, "--worker"]
     commands = {part: [*command, part] for part in (f"{i}/{processes}" for i in range(processes))}
     print(side_by_side(commands, seconds=seconds, at_once=processes))
 
@@ -151,7 +154,7 @@ def time_tiles(sheet: Sheet, device: torch.device, shapes: Sequence[str] = SHAPE
                 name = "as in the table" if tile is None else "x".join(map(str, tile[:2])) + f" w{tile[2]} s{tile[3]}"
                 case = {"suite": "tiles", "group": group, "name": name, "peer": name}
                 try:
-                    cases.append(case | time_tile(kernel, tile, tensors, truth))
+                    cases.append(case | time_caught(catch(kernel, tile, tensors), KERNELS[kernel][2], truth))
                 except Exception as refusal:
                     cases.append(case | {"refused": str(refusal).partition("\n")[0][:120]})
             cases.sort(key=lambda case: (case["group"], case.get("median_s", 1.0)))
@@ -170,7 +173,7 @@ def main() -> int:
         return _compile(options.worker)
     end_on_sigterm()
     end_with_parent()
-    compile_ahead(seconds_to_prepare(options.prepare), min(12, os.cpu_count() or 1))
+    compile_ahead("bench.gpu_tiles", seconds_to_prepare(options.prepare), min(12, os.cpu_count() or 1))
     sheet = Sheet(options.out)
     wait_for_turn()
     time_tiles(sheet, torch.device("cuda"))

@@ -16,8 +16,9 @@ from kernels.gelu_tile import gelu_slope, normal_cdf
 from kernels.reduce import JointSums, Summand, sum_segments
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-# rows and columns of a tile, warps, in both passes; a program of the backward takes SEGMENT rows
-ROWS, COLUMNS, WARPS, SEGMENT = 2, 512, 4, 32
+# rows and columns of a tile, warps, in both passes; a program of the backward takes SEGMENT rows and loads STAGES - 1
+# tiles ahead
+ROWS, COLUMNS, WARPS, SEGMENT, STAGES = 2, 512, 4, 32, 3
 
 
 def bias_gelu(
@@ -92,7 +93,7 @@ def _bias_gelu_bwd(dy_BTC, x_BTC, bias_C, partials_SC) -> torch.Tensor:
         segments, C = partials_SC.shape
         _bias_gelu_bwd_kernel[(segments, triton.cdiv(C, COLUMNS))](
             dy_BTC.contiguous(), x_BTC.contiguous(), bias_C.contiguous(), dx_BTC, partials_SC,
-            x_BTC.numel() // C, C, SEGMENT=SEGMENT, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+            x_BTC.numel() // C, C, SEGMENT=SEGMENT, ROWS=ROWS, COLUMNS=COLUMNS, STAGES=STAGES, num_warps=WARPS,
         )  # fmt: skip
     return dx_BTC
 
@@ -168,14 +169,14 @@ def _bias_gelu_fwd_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _bias_gelu_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr, dx_ptr, partials_ptr, rows, C,
-    SEGMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SEGMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     bias = tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
     # the rows of a tile stay apart until the end: only then do threads have to meet
     dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in tl.range(0, SEGMENT, ROWS):
+    for start in tl.range(0, SEGMENT, ROWS, num_stages=STAGES):
         offs, mask = _tile(tl.program_id(0) * SEGMENT + start, rows, C, ROWS, COLUMNS)
         z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)

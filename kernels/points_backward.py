@@ -28,8 +28,9 @@ from kernels.points_tile import (
 )
 from kernels.reduce import sum_segments
 
-# rows of a partial sum and of a tile, warps: enough programs for a GPU at 65,536 points, in few rounds of loads each
-NORM_SEGMENT, NORM_ROWS, NORM_WARPS = 128, 8, 4
+# rows of a partial sum and of a tile, warps: enough programs for a GPU at 65,536 points, in few rounds of loads each;
+# stages: a tile's rows are loaded one round ahead, and two ahead which of them count
+NORM_SEGMENT, NORM_ROWS, NORM_WARPS, NORM_STAGES = 128, 8, 4, 3
 
 
 def point_layers_backward(
@@ -55,7 +56,8 @@ def point_layers_backward(
     sums_S2C = rinv_P.new_empty(triton.cdiv(rows, NORM_SEGMENT), 2, C)
     _point_norm_bwd_kernel[(len(sums_S2C),)](
         dmemory_PC.contiguous(), features_PK, gain_C.contiguous(), unit_PC, rinv_P, dy_PC, sums_S2C, P, rows,
-        C=C, WIDTH=WIDTH, BLOCK_C=BLOCK_C, SEGMENT=NORM_SEGMENT, BLOCK_P=NORM_ROWS, num_warps=NORM_WARPS,
+        C=C, WIDTH=WIDTH, BLOCK_C=BLOCK_C, SEGMENT=NORM_SEGMENT, BLOCK_P=NORM_ROWS, STAGES=NORM_STAGES,
+        num_warps=NORM_WARPS,
     )  # fmt: skip
 
     segments, settings = triton.cdiv(rows, SEGMENT), {"J": J, "WIDTH": WIDTH, "BLOCK_C": BLOCK_C, "SEGMENT": SEGMENT}
@@ -80,6 +82,7 @@ def point_layers_backward(
 def _point_norm_bwd_kernel(
     dmemory_ptr, features_ptr, gain_ptr, unit_ptr, rinv_ptr, dy_ptr, sums_ptr, P, rows,
     C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_P: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0) * SEGMENT
     offs_c = tl.arange(0, BLOCK_C)
@@ -87,7 +90,7 @@ def _point_norm_bwd_kernel(
     gain = tl.load(gain_ptr + offs_c, mask=in_C, other=0.0).to(tl.float32)
     dgain = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     dbias = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for p in tl.range(begin, tl.minimum(begin + SEGMENT, rows), BLOCK_P):
+    for p in tl.range(begin, tl.minimum(begin + SEGMENT, rows), BLOCK_P, num_stages=STAGES):
         offs_p = tl.cast(p, tl.int64) + tl.arange(0, BLOCK_P)
         counts = tl.load(features_ptr + offs_p * WIDTH + (WIDTH - 1)) > 0
         dm_ptrs = dmemory_ptr + offs_p[:, None] * C + offs_c[None, :]

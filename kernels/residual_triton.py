@@ -20,7 +20,9 @@ from kernels.philox_tile import dropout_rows, kernel_draws
 # widest row of the class -> (rows of a tile, warps), in both passes: eight elements a thread, one call of Philox
 LAUNCHES = {128: (8, 4), 256: (4, 2), 512: (4, 8), 1024: (2, 8)}
 WIDEST = max(LAUNCHES)
-SEGMENT = 16
+# rows of a program of the backward, which loads STAGES - 1 tiles ahead: none, until it is measured (`bench.gpu_seams`);
+# loads ahead go past the L1 cache, where the two halves of eight float32 of a thread are one access
+SEGMENT, STAGES = 16, 1
 
 
 def residual_norm_forward(x_BTC, y_BTC, gain_C, bias_C, dropout, dtype, copy, eps):
@@ -56,7 +58,7 @@ def residual_norm_backward(
     _residual_norm_bwd_kernel[(segments(B * T),)](
         _dense(dnew_BTC), _dense(dcopy_BTC), _dense(dnormed_BTC), *norm, step_1, _dense(scene_B),
         dx_BTC, dy_BTC if y_dtype is not None else None, dgain_SC, dbias_SC,
-        new_BTC.stride(), B * T, T, *kernel_draws(rate, seed, place), C=C, SEGMENT=SEGMENT, **_tile(C),
+        new_BTC.stride(), B * T, T, *kernel_draws(rate, seed, place), C=C, SEGMENT=SEGMENT, STAGES=STAGES, **_tile(C),
     )  # fmt: skip
     return dx_BTC, dy_BTC
 
@@ -122,7 +124,7 @@ def _residual_norm_fwd_kernel(
 def _residual_norm_bwd_kernel(
     dnew_ptr, dcopy_ptr, dnormed_ptr, new_ptr, r_ptr, gain_ptr, step_ptr, scene_ptr, dx_ptr, dy_ptr,
     dgain_ptr, dbias_ptr, stride_new, rows, T, seed_low, seed_high, place, threshold, scale,
-    C: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
@@ -132,7 +134,7 @@ def _residual_norm_bwd_kernel(
     dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
     if gain_ptr is not None:
         gain = tl.load(gain_ptr + offs_c, mask=in_C, other=0.0).to(tl.float32)
-    for start in tl.range(0, SEGMENT, ROWS):
+    for start in tl.range(0, SEGMENT, ROWS, num_stages=STAGES):
         row = segment * SEGMENT + start + tl.arange(0, ROWS)
         in_rows = row < rows
         mask = in_rows[:, None] & in_C[None, :]

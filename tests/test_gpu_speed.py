@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from bench import gpu_cases, gpu_clock, gpu_repeats, gpu_rows, gpu_speed, gpu_tiles, gpu_train
+from bench import gpu_cases, gpu_clock, gpu_repeats, gpu_rows, gpu_seams, gpu_speed, gpu_tiles, gpu_train
 from bench.gpu_cases import OperatorCase, attention_inputs, item
 from bench.gpu_repeats import cases
 from bench.gpu_step_peers import PlainPerceiver, plain_loss
@@ -140,6 +140,25 @@ def test_a_tile_takes_the_place_of_the_tables_entry_for_one_launch(device):
         other.again()
         assert other.arguments[gpu_tiles.KERNELS[kernel][2][0]].any()
     assert (dict(attention_tile.TILES), attention_forward._attention_fwd_kernel) == before
+
+
+@pytest.mark.parametrize("name", gpu_seams.KERNELS)
+def test_other_options_of_a_seam_change_rounding_only_and_are_taken_back(name, device, monkeypatch):
+    monkeypatch.setattr(gpu_seams, "ROWS_EACH", 12)
+    swept = gpu_seams.KERNELS[name]
+    replaced = {swept.kernel, *(constant for options in swept.candidates for constant in options)}
+    before = [getattr(swept.module, constant) for constant in replaced]
+    tensors = swept.inputs(1, 70, device)
+    truth = [gpu_seams.catch(swept, {}, tensors).arguments[i].clone() for i in swept.results]
+    for options in swept.candidates[:2] if name.startswith("point") else swept.candidates:
+        caught = gpu_seams.catch(swept, options, tensors)
+        for i, y in zip(swept.results, truth, strict=True):
+            assert (caught.arguments[i].float() - y.float()).abs().max() <= 0.01 * y.float().abs().max()
+        caught.arguments[swept.results[0]].zero_()
+        caught.again()
+        assert caught.arguments[swept.results[0]].any()
+    assert len({gpu_seams.told(options) for options in swept.candidates}) == len(swept.candidates)
+    assert [getattr(swept.module, constant) for constant in replaced] == before
 
 
 def test_the_short_recipe_has_all_stages_and_asks_for_no_score():

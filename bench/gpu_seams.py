@@ -1,0 +1,246 @@
+"""Launch options of the kernels between products, each tried on its own: what `bench.gpu_tiles` does for attention.
+
+Their options are constants of modules. A candidate replaces some of them, the operator is called as training calls it
+at the encoder's shapes, and one of its launches is caught, checked and timed.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu_cases import Tensors
+from bench.gpu_cases_layers import DROPOUT, embed_points, point_inputs, seam_inputs
+from bench.gpu_process import Sheet, end_on_sigterm, end_with_parent, note, seconds_to_prepare, share, wait_for_turn
+from bench.gpu_tiles import Caught, compile_ahead, time_caught
+from kernels import gelu, points_backward, residual_triton
+from kernels.gelu import bias_gelu
+from kernels.residual import residual_norm
+
+# name -> (items, points of an item)
+SHAPES = {"64 x 4096": (64, 4096), "32 x 2048": (32, 2048)}
+ROWS_EACH = 256
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swept:
+    """A kernel and what is tried for it.
+
+    Args:
+        module, kernel: where it stands under which name.
+        results: places of its results among the arguments of a launch.
+        inputs, call: build the operator's inputs for (items, points) and run it, forward and backward.
+        candidates: constants of the module that are replaced, one candidate each.
+    """
+
+    module: Any
+    kernel: str
+    results: Sequence[int]
+    inputs: Callable[[int, int, torch.device], Tensors]
+    call: Callable[[Tensors], object]
+    candidates: Sequence[Options]
+
+
+def _stream(items: int, _: int, device: torch.device, *, C: int = 256) -> Tensors:
+    return seam_inputs(items, device, T=ROWS_EACH, C=C)
+
+
+def _hidden(items: int, _: int, device: torch.device) -> Tensors:
+    return _stream(items, 0, device, C=1024)
+
+
+def _points(items: int, points: int, device: torch.device) -> Tensors:
+    return point_inputs(items, device, T=points)
+
+
+def _add_and_norm(tensors: Tensors) -> None:
+    leaves = [tensors[name].detach().requires_grad_() for name in ("x_BTC", "y_BTC", "gain_C")]
+    draws = {**DROPOUT, "scene_B": tensors["scene_B"]}
+    seam = residual_norm(*leaves, dtype=tensors["y_BTC"].dtype, copy=True, impl="triton", **draws)
+    assert seam.normed_BTC is not None and seam.copy_BTC is not None
+    upstream = [tensors[name] for name in ("dnew_BTC", "dnormed_BTC", "y_BTC")]
+    torch.autograd.grad([seam.new_BTC, seam.normed_BTC, seam.copy_BTC], leaves, upstream)
+
+
+def _activate(tensors: Tensors) -> None:
+    leaves = [tensors[name].detach().requires_grad_() for name in ("y_BTC", "bias_C")]
+    torch.autograd.grad(bias_gelu(*leaves, impl="triton"), leaves, tensors["dnormed_BTC"])
+
+
+def _embed(tensors: Tensors) -> None:
+    names = [name for name in tensors if name.endswith("table") or name in ("weight1", "bias1", "weight2", "bias2")]
+    weights = {name: tensors[name].detach().requires_grad_() for name in (*names, "gain")}
+    memory_BTC = embed_points(tensors, weights, precision="bf16", impl="triton")
+    torch.autograd.grad(memory_BTC, list(weights.values()), tensors["dmemory_BTC"].to(memory_BTC.dtype))
+
+
+def _residual(rows: int, warps: int, **others: int) -> Options:
+    return {"LAUNCHES": residual_triton.LAUNCHES | {256: (rows, warps)}, **others}
+
+
+def _gelu(rows: int, columns: int, warps: int, segment: int, stages: int) -> Options:
+    return {"ROWS": rows, "COLUMNS": columns, "WARPS": warps, "SEGMENT": segment, "STAGES": stages}
+
+
+def _norm(segment: int, rows: int, warps: int, stages: int) -> Options:
+    return {"NORM_SEGMENT": segment, "NORM_ROWS": rows, "NORM_WARPS": warps, "NORM_STAGES": stages}
+
+
+KERNELS = {
+    "residual_norm, backward": Swept(
+        module=residual_triton,
+        kernel="_residual_norm_bwd_kernel",
+        results=(8, 9),
+        inputs=_stream,
+        call=_add_and_norm,
+        candidates=[
+            *({"STAGES": stages} for stages in (1, 2, 3)),
+            *(_residual(2, 2, SEGMENT=16, STAGES=stages) for stages in (1, 2, 3)),
+            *(_residual(2, 1, SEGMENT=8, STAGES=stages) for stages in (1, 2, 3)),
+            *(_residual(2, 4, SEGMENT=16, STAGES=stages) for stages in (1, 2, 3)),
+            _residual(4, 2, SEGMENT=8, STAGES=1),
+            _residual(2, 1, SEGMENT=16, STAGES=2),
+            _residual(4, 4, SEGMENT=16, STAGES=2),
+        ],
+    ),
+    "residual_norm, forward": Swept(
+        module=residual_triton,
+        kernel="_residual_norm_fwd_kernel",
+        results=(6, 7, 8, 9),
+        inputs=_stream,
+        call=_add_and_norm,
+        candidates=[_residual(*tile) for tile in ((4, 2), (2, 1), (2, 2), (4, 4), (8, 4), (1, 1))],
+    ),
+    "bias_gelu, backward": Swept(
+        module=gelu,
+        kernel="_bias_gelu_bwd_kernel",
+        results=(3,),
+        inputs=_hidden,
+        call=_activate,
+        candidates=[
+            *(_gelu(2, 512, 4, 32, stages) for stages in (1, 2, 3, 4)),
+            *(_gelu(4, 512, 4, 32, stages) for stages in (1, 2, 3)),
+            *(_gelu(2, 512, 4, 16, stages) for stages in (1, 2, 3)),
+            _gelu(1, 1024, 4, 32, 3),
+            _gelu(2, 256, 2, 32, 3),
+        ],
+    ),
+    "bias_gelu, forward": Swept(
+        module=gelu,
+        kernel="_bias_gelu_fwd_kernel",
+        results=(2,),
+        inputs=_hidden,
+        call=_activate,
+        candidates=[_gelu(*tile, 32, 3) for tile in ((2, 512, 4), (1, 512, 2), (4, 512, 4), (4, 512, 8), (1, 1024, 4))],
+    ),
+    "point norm, backward": Swept(
+        module=points_backward,
+        kernel="_point_norm_bwd_kernel",
+        results=(5,),
+        inputs=_points,
+        call=_embed,
+        candidates=[
+            *(_norm(128, 8, 4, stages) for stages in (1, 2, 3, 4)),
+            *(_norm(128, 4, 4, stages) for stages in (1, 3)),
+            *(_norm(64, 8, 4, stages) for stages in (1, 3)),
+            _norm(128, 4, 2, 3),
+        ],
+    ),
+}
+
+
+@contextlib.contextmanager
+def replaced(module: Any, options: Options) -> Iterator[None]:
+    """Put other constants into a module, for the time of the `with`."""
+    before = {name: getattr(module, name) for name in options}
+    try:
+        for name, value in options.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def catch(swept: Swept, options: Options, tensors: Tensors) -> Caught:
+    """Run the operator with some constants replaced and return the launch of its kernel.
+
+    Raises:
+        Exception: whatever the compiler or the launch raises.
+    """
+    caught = Caught(getattr(swept.module, swept.kernel))
+    with replaced(swept.module, {**options, swept.kernel: caught}):
+        swept.call(tensors)
+    return caught
+
+
+def told(options: Options) -> str:
+    """A candidate as a short name: the constants it replaces."""
+    named = {name: value[256] if name == "LAUNCHES" else value for name, value in options.items()}
+    return ", ".join(f"{name.removeprefix('NORM_').lower()} {value}" for name, value in named.items()) or "as it is"
+
+
+def time_seams(sheet: Sheet, device: torch.device, shapes: Sequence[str] = tuple(SHAPES)) -> None:
+    """Time every candidate at every shape, keeping the sheet sorted: fastest first within a kernel and shape."""
+    cases: list[dict[str, Any]] = []
+    sheet.content["cases"] = cases
+    for shape in shapes:
+        for name, swept in KERNELS.items():
+            tensors = swept.inputs(*SHAPES[shape], device)
+            base = catch(swept, {}, tensors)
+            truth = [base.arguments[i].clone() for i in swept.results]
+            for options in ({}, *swept.candidates):
+                case = {"suite": "seams", "group": f"{name}, {shape}", "name": told(options), "peer": told(options)}
+                try:
+                    cases.append(case | time_caught(catch(swept, options, tensors), swept.results, truth))
+                except Exception as refusal:
+                    cases.append(case | {"refused": str(refusal).partition("\n")[0][:120]})
+            cases.sort(key=lambda case: (case["group"], case.get("median_s", 1.0)))
+            sheet.write()
+
+
+def _compile(part: str) -> int:
+    device = torch.device("cuda")
+    for shape in SHAPES.values():
+        for name, swept in KERNELS.items():
+            tensors = swept.inputs(*shape, device)
+            for options in share(list(swept.candidates), part):
+                try:
+                    catch(swept, options, tensors)
+                except Exception as refusal:
+                    note(refused=f"{name} {told(options)}", reason=str(refusal)[:200])
+    return 0
+
+
+def main() -> int:
+    """Run the part."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_seams")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--prepare", type=float, default=120.0, help="seconds for compiling, at most")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        end_with_parent()
+        return _compile(options.worker)
+    end_on_sigterm()
+    end_with_parent()
+    compile_ahead("bench.gpu_seams", seconds_to_prepare(options.prepare), min(8, os.cpu_count() or 1))
+    sheet = Sheet(options.out)
+    wait_for_turn()
+    time_seams(sheet, torch.device("cuda"))
+    for case in sheet.content["cases"]:
+        time = f"{1e3 * case['median_s']:8.4f} ms" if "median_s" in case else case.get("refused") or case["red"]
+        print(f"{case['group']:36} {case['name']:60} {time}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
