@@ -211,5 +211,6 @@ class _Dropout(torch.autograd.Function):
 
 def _scaled(x: torch.Tensor, bits: torch.Tensor, scale: float) -> torch.Tensor:
     y = (x.float() * scale).contiguous().view(torch.int32).bitwise_and_(bits).view(torch.float32)
-    # PyTorch 2.11 compiles the gradient of an autograd function that ends in a `to` without effect to zeros
+    # PyTorch 2.11 compiles to zeros the gradient of an autograd function that ends in what returns its argument itself:
+    # a `to` or `contiguous` without effect, an operation in place
     return y if x.dtype == y.dtype else y.to(x.dtype)
