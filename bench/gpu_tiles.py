@@ -96,18 +96,18 @@ def catch(kernel: str, tile: Tile | None, tensors: Tensors) -> Caught:
     return caught
 
 
-def time_caught(caught: Caught, results: Sequence[int], truth: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Time a launch alone, or say under "red" that its results are not those of the committed options.
+def results(kernel: str, caught: Caught) -> list[torch.Tensor]:
+    """Copies of the results of a launch."""
+    return [caught.arguments[i].detach().clone() for i in KERNELS[kernel][2]]
 
-    Args:
-        results: places of its results among its arguments.
-    """
-    found = [caught.arguments[i] for i in results]
-    error = max(
+
+def time_caught(caught: Caught, found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Time a launch alone, or say under "red" that what was found is not what the committed options give."""
+    errors = [
         float((x.float() - y.float()).abs().max() / y.float().abs().max()) for x, y in zip(found, truth, strict=True)
-    )
-    if not error <= BF16_TOLERANCE:
-        return {"red": f"differs by {error:.1e} from the committed options"}
+    ]
+    if not all(error <= BF16_TOLERANCE for error in errors):
+        return {"red": f"differs by {', '.join(f'{error:.1e}' for error in errors)} from the committed options"}
 
     def run() -> Sequence[torch.Tensor]:
         caught.again()
@@ -148,13 +148,13 @@ def time_tiles(sheet: Sheet, device: torch.device, shapes: Sequence[str] = SHAPE
         tensors = attention_inputs(items, device, **sizes)
         for kernel in CANDIDATES:
             group = f"{kernel}, {shape}"
-            base = catch(kernel, None, tensors)
-            truth = [base.arguments[i].clone() for i in KERNELS[kernel][2]]
+            truth = results(kernel, catch(kernel, None, tensors))
             for tile in (None, *CANDIDATES[kernel]):
                 name = "as in the table" if tile is None else "x".join(map(str, tile[:2])) + f" w{tile[2]} s{tile[3]}"
                 case = {"suite": "tiles", "group": group, "name": name, "peer": name}
                 try:
-                    cases.append(case | time_caught(catch(kernel, tile, tensors), KERNELS[kernel][2], truth))
+                    caught = catch(kernel, tile, tensors)
+                    cases.append(case | time_caught(caught, results(kernel, caught), truth))
                 except Exception as refusal:
                     cases.append(case | {"refused": str(refusal).partition("\n")[0][:120]})
             cases.sort(key=lambda case: (case["group"], case.get("median_s", 1.0)))

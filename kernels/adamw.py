@@ -25,7 +25,7 @@ from kernels.dispatch import resolve
 
 Tensors = Sequence[torch.Tensor]
 # elements of a tensor that a program takes, and of its tiles: the search for the tensor costs as much as a few. The
-# update loads one tile ahead (stages - 1), of which a thread has four elements
+# update loads one tile ahead (stages - 1; not yet measured), of which a thread has four elements
 SEGMENT, SQUARES_TILE, UPDATE_TILE, UPDATE_STAGES, WARPS = 8192, 2048, 512, 2, 4
 # sums that the norm takes at a time, and its warps
 SUMS, NORM_WARPS = 1024, 8

@@ -13,11 +13,11 @@ from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import resolve
 from kernels.gelu_tile import gelu_slope, normal_cdf
-from kernels.reduce import JointSums, Summand, sum_segments
+from kernels.reduce import JointSums, Summand, joined, sum_segments
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows and columns of a tile, warps, in both passes; a program of the backward takes SEGMENT rows and loads STAGES - 1
-# tiles ahead
+# tiles ahead (found offline, not yet measured)
 ROWS, COLUMNS, WARPS, SEGMENT, STAGES = 2, 512, 4, 32, 3
 
 
@@ -45,9 +45,9 @@ def bias_gelu(
         return bias_gelu_reference(x_BTC, bias_C)
     if x_BTC.dtype == torch.float64:
         raise ValueError("float64 must have impl='eager', got impl='triton'")
-    if sums is None or not torch.is_grad_enabled():
-        return _forward(x_BTC, bias_C)
-    return _Summed.apply(x_BTC, *sums.take(bias_C, _segments(x_BTC)))
+    if joined(sums):
+        return _Summed.apply(x_BTC, *sums.take(bias_C, _segments(x_BTC)))
+    return _forward(x_BTC, bias_C)
 
 
 def bias_gelu_reference(x_BTC: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from kernels.points_tile import (
 from kernels.reduce import sum_segments
 
 # rows of a partial sum and of a tile, warps: enough programs for a GPU at 65,536 points, in few rounds of loads each;
-# stages: a tile's rows are loaded one round ahead, and two ahead which of them count
+# loads are NORM_STAGES - 1 rounds ahead (found offline, not yet measured)
 NORM_SEGMENT, NORM_ROWS, NORM_WARPS, NORM_STAGES = 128, 8, 4, 3
 
 
@@ -55,9 +55,8 @@ def point_layers_backward(
     dy_PC = torch.empty_like(unit_PC)
     sums_S2C = rinv_P.new_empty(triton.cdiv(rows, NORM_SEGMENT), 2, C)
     _point_norm_bwd_kernel[(len(sums_S2C),)](
-        dmemory_PC.contiguous(), features_PK, gain_C.contiguous(), unit_PC, rinv_P, dy_PC, sums_S2C, P, rows,
-        C=C, WIDTH=WIDTH, BLOCK_C=BLOCK_C, SEGMENT=NORM_SEGMENT, BLOCK_P=NORM_ROWS, STAGES=NORM_STAGES,
-        num_warps=NORM_WARPS,
+        dmemory_PC.contiguous(), gain_C.contiguous(), unit_PC, rinv_P, dy_PC, sums_S2C, P, rows,
+        C=C, BLOCK_C=BLOCK_C, SEGMENT=NORM_SEGMENT, BLOCK_P=NORM_ROWS, STAGES=NORM_STAGES, num_warps=NORM_WARPS,
     )  # fmt: skip
 
     segments, settings = triton.cdiv(rows, SEGMENT), {"J": J, "WIDTH": WIDTH, "BLOCK_C": BLOCK_C, "SEGMENT": SEGMENT}
@@ -80,9 +79,8 @@ def point_layers_backward(
 
 @triton.jit(do_not_specialize=["P", "rows"])
 def _point_norm_bwd_kernel(
-    dmemory_ptr, features_ptr, gain_ptr, unit_ptr, rinv_ptr, dy_ptr, sums_ptr, P, rows,
-    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_P: tl.constexpr,
-    STAGES: tl.constexpr,
+    dmemory_ptr, gain_ptr, unit_ptr, rinv_ptr, dy_ptr, sums_ptr, P, rows,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0) * SEGMENT
     offs_c = tl.arange(0, BLOCK_C)
@@ -92,14 +90,16 @@ def _point_norm_bwd_kernel(
     dbias = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for p in tl.range(begin, tl.minimum(begin + SEGMENT, rows), BLOCK_P, num_stages=STAGES):
         offs_p = tl.cast(p, tl.int64) + tl.arange(0, BLOCK_P)
-        counts = tl.load(features_ptr + offs_p * WIDTH + (WIDTH - 1)) > 0
+        rinv = tl.load(rinv_ptr + offs_p)[:, None]
         dm_ptrs = dmemory_ptr + offs_p[:, None] * C + offs_c[None, :]
-        dm = tl.load(dm_ptrs, mask=(counts & (offs_p < P))[:, None] & in_C[None, :], other=0.0).to(tl.float32)
+        dm = tl.load(dm_ptrs, mask=(offs_p < P)[:, None] & in_C[None, :], other=0.0).to(tl.float32)
+        # of a point that does not count; chosen after the load, which so waits for no other
+        dm = tl.where(rinv == -1.0, 0.0, dm)
         unit = load_tile(unit_ptr, p, BLOCK_P, BLOCK_C).to(tl.float32)
         # du = dm gain,  dy = rinv (du - unit mean(du unit))
         du = dm * gain[None, :]
         mean = tl.sum(du * unit, 1) / C
-        dy = (du - unit * mean[:, None]) * tl.load(rinv_ptr + offs_p)[:, None]
+        dy = (du - unit * mean[:, None]) * rinv
         tl.store(dy_ptr + offs_p[:, None] * BLOCK_C + offs_c[None, :], dy.to(dy_ptr.dtype.element_ty))
         dgain += dm * unit
         dbias += dy

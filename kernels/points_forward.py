@@ -51,6 +51,8 @@ def point_features_triton(
 def point_layers_forward(features_PK, weight1_JK, weight2_JC, bias2_C, gain_C, points: int, precision: str):
     """Return memory_PC, and what the backward needs: the normalised rows before the gain, and the inverse norms.
 
+    Of a point that does not count the row is 0 and the inverse norm -1.
+
     The weights are those of `kernels.points_weights.fold_weights`.
     """
     memory_PC, unit_PC, rinv_P = empty_outputs(features_PK, gain_C, points)
@@ -163,8 +165,8 @@ def _point_layers_fwd_kernel(
     )  # fmt: skip
 
     # unit = y / sqrt(mean y^2 + eps),  memory = unit gain
-    rinv = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, 1) / C + eps))
     counts = tl.load(ones) > 0
+    rinv = tl.where(counts, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, 1) / C + eps)), -1.0)
     unit = tl.where(counts[:, None], y * rinv[:, None], 0.0)
     gain = tl.load(gain_ptr + offs_c, mask=in_C, other=0.0)
     offs_p = p + tl.arange(0, BLOCK_P)

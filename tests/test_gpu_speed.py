@@ -133,9 +133,8 @@ def test_a_tile_takes_the_place_of_the_tables_entry_for_one_launch(device):
     tensors = attention_inputs(1, device, T=20, S=70, D=16, limit="count")
     for kernel, tile in (("forward", (16, 32, 4, 1)), ("dkv", (16, 16, 4, 1))):
         base, other = gpu_tiles.catch(kernel, None, tensors), gpu_tiles.catch(kernel, tile, tensors)
-        for i in gpu_tiles.KERNELS[kernel][2]:
-            size = base.arguments[i].float().abs().max()
-            assert (base.arguments[i].float() - other.arguments[i].float()).abs().max() <= 0.02 * size
+        for x, y in zip(gpu_tiles.results(kernel, other), gpu_tiles.results(kernel, base), strict=True):
+            assert (x.float() - y.float()).abs().max() <= 0.02 * y.float().abs().max()
         other.arguments[gpu_tiles.KERNELS[kernel][2][0]].zero_()
         other.again()
         assert other.arguments[gpu_tiles.KERNELS[kernel][2][0]].any()
@@ -149,16 +148,26 @@ def test_other_options_of_a_seam_change_rounding_only_and_are_taken_back(name, d
     replaced = {swept.kernel, *(constant for options in swept.candidates for constant in options)}
     before = [getattr(swept.module, constant) for constant in replaced]
     tensors = swept.inputs(1, 70, device)
-    truth = [gpu_seams.catch(swept, {}, tensors).arguments[i].clone() for i in swept.results]
+    truth = gpu_seams.results(swept, gpu_seams.catch(swept, {}, tensors))
     for options in swept.candidates[:2] if name.startswith("point") else swept.candidates:
         caught = gpu_seams.catch(swept, options, tensors)
-        for i, y in zip(swept.results, truth, strict=True):
-            assert (caught.arguments[i].float() - y.float()).abs().max() <= 0.01 * y.float().abs().max()
-        caught.arguments[swept.results[0]].zero_()
+        for x, y in zip(gpu_seams.results(swept, caught), truth, strict=True):
+            assert (x.float() - y.float()).abs().max() <= 0.01 * y.float().abs().max()
+        for i in (*swept.results, *swept.partials):
+            caught.arguments[i].detach().zero_()
         caught.again()
-        assert caught.arguments[swept.results[0]].any()
+        assert all(x.any() for x in gpu_seams.results(swept, caught))
     assert len({gpu_seams.told(options) for options in swept.candidates}) == len(swept.candidates)
     assert [getattr(swept.module, constant) for constant in replaced] == before
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_launch_with_nan_in_any_of_its_results_gets_no_time(wrong):
+    truth = [torch.ones(3), torch.ones(3)]
+    found = [x.clone() for x in truth]
+    found[wrong][1] = torch.nan
+    assert "nan" in gpu_tiles.time_caught(gpu_tiles.Caught(None), found, truth)["red"]
+    assert "median_s" in gpu_tiles.time_caught(gpu_tiles.Caught(None), truth, truth)
 
 
 def test_the_short_recipe_has_all_stages_and_asks_for_no_score():
