@@ -12,7 +12,7 @@ from kernels.attention import _check, _check_options, _kernel_inputs
 from kernels.attention_backward import attention_backward, segments
 from kernels.attention_tile import dense_rows
 from kernels.dispatch import resolve
-from kernels.reduce import JointSums, Summand, sum_segments
+from kernels.reduce import JointSums, Summand, joined, sum_segments
 
 PRODUCT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,7 +64,7 @@ class KeyValueColumns:
         _check_options(q_BHTD, log_scale_H, "static", self._precision, 1)
         self.end = end
         dlog_scale = None
-        if self._sums is not None and torch.is_grad_enabled():
+        if joined(self._sums):
             log_scale_H, dlog_scale = self._sums.take(log_scale_H, segments(q_BHTD, self._precision))
         columns = (start, end, kv_heads)
         o_BHTD, self.kv_BSX = _Attend.apply(

@@ -9,6 +9,7 @@ waits for it. Through `JointSums` all that are of one shape share a launch, afte
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 import triton
@@ -51,11 +52,17 @@ def sum_each(partial_VSN: torch.Tensor, into: torch.Tensor | None = None) -> tor
     return out_VN
 
 
+def joined(sums: "JointSums | None") -> TypeGuard["JointSums"]:
+    """Whether an operator's gradients are to be added up with those of others."""
+    return sums is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class JointSums:
     """Gradients of vectors that many operators read, in one launch for all of one length and number of segments.
 
     An operator takes its vector; its backward fills `Summand.partial_SC` and returns `Summand.sum_C` to autograd, which
     runs the launch when no operator is left. Nothing may read the gradient before, so detecting anomalies finds any.
+    A compiler would read it: what torch.compile traces ends in sums of its own.
 
     Args:
         vectors: float32 [C], each for one operator.

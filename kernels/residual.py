@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from kernels.dispatch import resolve
 from kernels.philox import Counter, check_key_and_counters, dropout_keep
 from kernels.philox_tile import signed_seed
-from kernels.reduce import JointSums, Summand, sum_each
+from kernels.reduce import JointSums, Summand, joined, sum_each
 from kernels.residual_triton import WIDEST, residual_norm_backward, residual_norm_forward, segments
 from kernels.rms_norm import EPS
 
@@ -128,10 +128,10 @@ def _fused(x_BTC, y_BTC, gain_C, *, bias_C, rate, seed, step, scene_B, place, dt
     new_BTC, normed_BTC, copy_BTC = x_BTC, None, None
     if y_BTC is not None or gain_C is not None or rounds:
         options = (step, scene_B, rate, signed_seed(seed), place, dtype, rounds, eps)
-        if sums is None or not torch.is_grad_enabled():
-            new_BTC, normed_BTC, copy_BTC, _ = _forward(x_BTC, y_BTC, gain_C, bias_C, *options)
-        else:
+        if joined(sums):
             new_BTC, normed_BTC, copy_BTC, _ = _summed_with_others(sums, x_BTC, y_BTC, gain_C, bias_C, *options)
+        else:
+            new_BTC, normed_BTC, copy_BTC, _ = _forward(x_BTC, y_BTC, gain_C, bias_C, *options)
     new_BTC = x_BTC if y_BTC is None else new_BTC
     copy_BTC = copy_BTC if rounds else new_BTC
     return Residual(new_BTC, None if gain_C is None else normed_BTC, copy_BTC if copy else None)

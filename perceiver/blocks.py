@@ -184,12 +184,13 @@ def run_layers(
     key_count_B: torch.Tensor | None = None,
     drop: DropoutKey | None = None,
     as_memory: bool = False,
+    impl: str = "eager",
 ) -> torch.Tensor:
     """Run a stack of layers on the rows of a table, the same rows for every item of the memory.
 
-    The eager form of `perceiver.fused.fused_layers`, whose `as_memory` makes no difference here.
+    The plain form of `perceiver.fused.fused_layers`, whose `as_memory` makes no difference here; `impl` is attention's.
     """
     x_BLC = table_LC.expand(len(memory_BSC), -1, -1)
     for layer in layers:
-        x_BLC = layer(x_BLC, memory_BSC, key_count_B=key_count_B, drop=drop, impl="eager")
+        x_BLC = layer(x_BLC, memory_BSC, key_count_B=key_count_B, drop=drop, impl=impl)
     return x_BLC

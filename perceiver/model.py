@@ -6,6 +6,7 @@ queries <- cross-attention to the latents -> self-attention -> FFN, 3 times
 queries -> r in R^7 -> midpoint, unit direction, length;  queries -> confidence logit
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -141,13 +142,17 @@ class Perceiver(nn.Module):
         Args:
             batch: rows on the model's device; points past `point_count_B` have no effect.
             drop: source of the dropout masks in training; None switches dropout off.
-            impl: of the operators, see `kernels.dispatch`.
+            impl: of the operators, see `kernels.dispatch`; with triton, what stands between products is fused too, but
+                not where torch.compile traces the model.
         Returns:
             Segments in float32; the order of the queries has no meaning.
         """
         s = self.segmenter
         memory_BTC = self._memory(batch, impl)
-        run = fused_layers if resolve(impl, memory_BTC.device) == "triton" else run_layers
+        form = resolve(impl, memory_BTC.device)
+        # a compiler joins what stands between products itself, and cannot trace gradients that are written late
+        fused = form == "triton" and not torch.compiler.is_compiling()
+        run = fused_layers if fused else functools.partial(run_layers, impl=form)
         latents, queries = s.latent_embed.weight, s.query_embed.weight
         x_BLC = run(s.latent_layers, latents, memory_BTC, key_count_B=batch.point_count_B, drop=drop, as_memory=True)
         x_BNC = run(s.decoder_layers, queries, x_BLC, drop=drop)

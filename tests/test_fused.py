@@ -53,6 +53,23 @@ def test_outputs_and_all_gradients_agree_with_the_plain_layers(device):
     assert not far
 
 
+# PyTorch's own, while it traces an autograd function
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated")
+def test_a_compiled_model_has_the_gradients_of_plain_layers(device):
+    model, batch = stirred(Perceiver(CONFIG)).to(device), small_batch(scenes=2).to(device)
+    drop = DropoutKey(rate=0.3, seed=5, step=2, scene_B=batch.scene_B)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def gradients(function, impl):
+        predicted = function(batch, drop=drop, impl=impl)
+        loss = (predicted.endpoints() * torch.arange(3, device=device)).sin().sum() + predicted.conf_BN.square().sum()
+        return torch.autograd.grad(loss, parameters)
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for name, found, expected in zip(names, gradients(compiled, "triton"), gradients(model, "eager"), strict=True):
+        assert relative_error(found, expected) < 1e-5, name
+
+
 def test_bfloat16_errs_no_more_than_twice_what_plain_layers_err(device):
     exact = of_all(outputs_and_gradients("eager", device))
     plain, fused = (of_all(outputs_and_gradients(impl, device, torch.bfloat16)) for impl in ("eager", "triton"))

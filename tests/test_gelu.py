@@ -81,6 +81,23 @@ def test_a_gradient_added_up_with_others_has_the_bits_of_one_alone(shape, device
     assert same_bits(differentiate(joint=True), differentiate(joint=False))
 
 
+# PyTorch's own, while it traces an autograd function
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated")
+def test_compiled_operators_add_up_each_gradient_alone(device):
+    x, bias, dy = to_device(problem(2, 20, 8), device)
+
+    def twice(x, first, second):
+        sums = JointSums([first, second])
+        return bias_gelu(bias_gelu(x, first, impl="triton", sums=sums), second, impl="triton", sums=sums)
+
+    def differentiate(function):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, bias, bias)]
+        return torch.autograd.grad(function(*inputs), inputs, dy)
+
+    compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
+    assert same_bits(differentiate(compiled), differentiate(twice))
+
+
 def test_inside_a_kernel_gelu_is_the_exact_one_and_so_is_its_slope(device):
     import triton
     import triton.language as tl
