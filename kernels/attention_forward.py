@@ -169,6 +169,10 @@ def _attend(
     if MASKED:
         x = tl.where(valid[None, :], x, -INF)
     if ONLINE:
+        if not MASKED:
+            # a choice that is never taken: else product and difference become one fma, in which the largest x is not
+            # the rounded one that m is, and the largest p far from 1 where x is large
+            x = tl.where((s + tl.arange(0, BLOCK_S) < count)[None, :], x, -INF)
         m_new = tl.maximum(m, tl.max(x, 1))
         shift = tl.where(m_new > -INF, m_new, 0.0)
         fade = tl.exp2(m - shift)
