@@ -1,9 +1,9 @@
 """python -m bench.gpu --out DIR [--only PART ...] [--seconds N]: all that a GPU is needed for, in nine minutes.
 
-Needs torch, triton, numpy and pytest, no network. Every part is a process with a time bound of its own and writes what
-it finds as it finds it, DIR/parts/<part>.json (--parts names another folder), so that a part that fails or is cut loses
-nothing of it. All of that is gathered every few seconds into one file, DIR/<device>.json: the machine, all timed rows,
-the table of targets, and what was checked.
+Needs torch, triton, numpy and pytest, for the step and for training tqdm and scipy; no network. Every part is a
+process with a time bound of its own and writes what it finds as it finds it, DIR/parts/<part>.json (--parts names
+another folder), so that a part that fails or is cut loses nothing of it. All of that is gathered every few seconds into
+one file, DIR/<device>.json: the machine, all timed rows, the table of targets, and what was checked.
 
 First what is checked and not timed, side by side: tests, bitwise repeats, two short trainings; meanwhile the other
 parts compile and check what they will time. Then these get the machine one after the other, each for itself.
@@ -25,8 +25,9 @@ TOTAL_S, CUT_S = 525.0, 10.0
 # without so much of it nothing can be compiled
 LEAST_PREPARE_S = 60.0
 _GATHER_EVERY_S = 5.0
-# for JAX, where a package other than POT imports it: see `bench.peers.POT_ALONE`
-ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+# kernels are compiled as for training, whatever is tested or timed; the other is for JAX, where a package other than
+# POT imports it: see `bench.peers.POT_ALONE`
+ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ PARTS = {
     # some of its peers compile longest
     "step": Part(command=_module("bench.gpu_step"), alone_s=60, niceness=0),
     "matching": Part(command=_module("bench.gpu_speed", "matching", "--processes", "6"), alone_s=15, niceness=5),
-    "attention": Part(command=_module("bench.gpu_speed", "attention", "--processes", "6"), alone_s=30, niceness=5),
+    "attention": Part(command=_module("bench.gpu_speed", "attention", "--processes", "6"), alone_s=45, niceness=5),
     "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn", "--processes", "6"), alone_s=45, niceness=5),
     "points": Part(command=_module("bench.gpu_speed", "points"), alone_s=12, niceness=5),
     "tiles": Part(command=_module("bench.gpu_tiles"), alone_s=60, unasked=False),

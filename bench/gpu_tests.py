@@ -19,8 +19,13 @@ import pytest
 from bench.gpu_process import Ended, Line, Sheet, Workers, at_most_every, end_on_sigterm, end_with_parent, note, share
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-# beside those of the operators
-MORE = ("accuracy", "fused", "graph", "products", "trace")
+# beside those of the operators; of two files only what needs a GPU: the rest trains for minutes
+MORE = ("accuracy", "fused", "graph", "measure", "products", "trace")
+NEED_A_GPU = (
+    "test_certificate.py::test_a_run_on_a_gpu_names_its_machine_code_the_same_each_time",
+    "test_equivalence.py::test_two_runs_are_the_same_bits[graph]",
+    "test_equivalence.py::test_100_steps_are_no_further_from_float64_than_rounding_the_first_weights[graph]",
+)
 SHARD, DONE = "RIDGELINE_SHARD", "RIDGELINE_DONE"
 _WRITE_EVERY_S = 2.0
 _RESTARTS, _FAILURES, _MESSAGE_LINES, _LINE_WIDTH = 4, 60, 4, 200
@@ -31,10 +36,11 @@ _STICKY = re.compile(
 
 
 def operator_tests() -> list[str]:
-    """The test files of all operators, found by the names of the modules in kernels/."""
+    """The test files of all operators, found by the names of the modules in kernels/, and `NEED_A_GPU`."""
     modules = (TESTS.parent / "kernels").glob("*.py")
     stems = {path.stem.partition("_")[0] for path in modules if path.stem != "__init__"} | set(MORE)
-    return [str(path) for path in sorted(TESTS.glob("test_*.py")) if path.stem.split("_")[1] in stems]
+    files = [path for path in sorted(TESTS.glob("test_*.py")) if path.stem.split("_")[1] in stems]
+    return [str(path) for path in (*files, *(TESTS / test for test in NEED_A_GPU))]
 
 
 class Outcomes:

@@ -7,9 +7,11 @@ Errors are relative to the largest true value of their tensor. Peak memory is wh
 during one call, inputs not counted.
 """
 
+import contextlib
 import importlib.metadata
 import statistics
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +67,9 @@ def record(run: Run) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(2):
+            run()
+        with refused_waits():
             run()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
@@ -73,6 +77,19 @@ def record(run: Run) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
     with torch.cuda.graph(graph, stream=stream):
         outputs = run()
     return graph, outputs
+
+
+@contextlib.contextmanager
+def refused_waits() -> Iterator[None]:
+    """Let what waits for the GPU raise `RuntimeError`: a recording that fails of it leaves PyTorch on its stream."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def graphed(run: Run) -> Run:

@@ -164,7 +164,9 @@ def _pot(method: str) -> Callable[..., Tensor]:
     def solve(x_BND: Tensor, y_BMD: Tensor, cost_BNM: Tensor, eps: float, iterations: int) -> Tensor:
         os.environ.update(POT_ALONE)
         batch: Any = importlib.import_module("ot.batch")
-        return batch.solve_batch(cost_BNM, eps, max_iter=iterations, tol=0.0, method=method, grad="detach").plan
+        # it makes the marginals on the default device
+        with torch.device(cost_BNM.device):
+            return batch.solve_batch(cost_BNM, eps, max_iter=iterations, tol=0.0, method=method, grad="detach").plan
 
     return solve
 

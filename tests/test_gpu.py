@@ -258,7 +258,11 @@ def test_the_tests_of_every_operator_are_found():
         "test_philox.py",
         "test_products.py",
         "test_trace.py",
+        "test_equivalence.py::test_two_runs_are_the_same_bits[graph]",
     } <= names
+    for test in gpu_tests.NEED_A_GPU:
+        file, _, name = test.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (gpu_tests.TESTS / file).read_text()
 
 
 def answer_as_workers(monkeypatch, folder: Path, answers: str) -> None:
