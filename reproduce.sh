@@ -18,7 +18,7 @@ Usage: bash reproduce.sh [COMMAND [ARGUMENT ...]]
   doctor            say what this machine has and what holds here
   help              this text
 
-Arguments are handed on: `bash reproduce.sh demo --seed 4`. Interrupted training continues when it is run again.
+Arguments are handed on: `bash reproduce.sh demo --name four --seed 4`. Interrupted training continues when it is run again.
 REPRODUCE_PYTHON=/path/to/python chooses the interpreter; otherwise python3.12, python3.11 and python3 are tried.
 EOF
 }
@@ -68,23 +68,66 @@ if not torch.cuda.is_available():
 '
 
 # The stamp is written last and names what .venv was made from: no stamp, or another one, and it is made anew.
+is_made() {
+    [[ -f .venv/reproduce.stamp && $(<.venv/reproduce.stamp) == "$1 "*"${REPRODUCE_PYTHON:-}" ]] &&
+        .venv/bin/python -c '' 2>/dev/null
+}
+
+# One process makes .venv, while none uses it. Descriptor 9 stays open in all that is run then: as long as a command
+# runs, .venv is not emptied under it. Without flock, or where no file can be locked, nothing is waited for.
 make_environment() {
-    local key stamp=.venv/reproduce.stamp base
+    local key told=
     key=$(cat constraints.txt setup.py | sha256sum)
-    if [[ -f $stamp && $(<"$stamp") == "${key%% *} "*"${REPRODUCE_PYTHON:-}" ]] && .venv/bin/python -c '' 2>/dev/null; then
-        return
+    key=${key%% *}
+    if ! { [[ -w . ]] && exec 9<>.venv.lock && flock -u 9; } 2>/dev/null; then
+        flock() { true; }
     fi
+    until
+        flock -n -s 9 || {
+            echo "another process is making .venv: waiting" >&2
+            flock -s 9
+        }
+        is_made "$key"
+    do
+        if flock -n -x 9; then
+            install_pins "$key"
+            flock -s 9
+            return
+        fi
+        [[ -n $told ]] || echo "another process uses .venv, which must be made anew: waiting for its end" >&2
+        told=yes
+        sleep 1
+    done
+}
+
+# install_pins KEY: make .venv anew and stamp it.
+install_pins() {
+    local base
     # venv would empty the directory that a link leads to
     [[ ! -L .venv ]] || fail ".venv must be a directory of this checkout, it is a link: remove it"
     [[ $(uname -sm) == "Linux x86_64" ]] || fail "supported is Linux on x86-64, this is $(uname -sm)"
     base=$(find_python "$can_make_environment" "${candidates[@]}") ||
         fail "install Python 3.11 or 3.12 with its venv module (Debian, Ubuntu: apt install python3-venv)," \
             "or name one: REPRODUCE_PYTHON=/path/to/python bash reproduce.sh"
-    echo "making .venv with $base: downloads PyTorch and what the tests need, once" >&2
+    echo "making .venv with $base, once: downloads PyTorch and what the tests need; minutes, and 3.2 GB of disk" >&2
     "$base" -m venv --clear .venv || fail "could not make .venv with $base"
     .venv/bin/python -m pip install --quiet --requirement constraints.txt ||
         fail "could not install constraints.txt into .venv; run again once the cause above is gone"
-    printf '%s %s\n' "${key%% *}" "$base" >"$stamp"
+    printf '%s %s\n' "$1" "$base" >.venv/reproduce.stamp
+}
+
+# last_of FLAG DEFAULT ARGUMENT...: what the last FLAG among the arguments says, as the program takes it.
+last_of() {
+    local flag=$1 value=$2
+    shift 2
+    while (($#)); do
+        case $1 in
+        "$flag") value=${2:-} ;;
+        "$flag"=*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    printf '%s\n' "$value"
 }
 
 command=${1:-demo}
@@ -95,12 +138,16 @@ demo | s23dr)
     .venv/bin/python -m train run --recipe "$command" "$@"
     ;;
 again)
-    recipe=${1:-demo}
-    shift $(($# > 0))
+    recipe=demo
+    if [[ ${1:--} != -* ]]; then
+        recipe=$1
+        shift
+    fi
     make_environment
+    name=$(last_of --name "$recipe" "$@") runs=$(last_of --runs runs "$@")
     .venv/bin/python -m train run --recipe "$recipe" "$@"
-    .venv/bin/python -m train run --recipe "$recipe" --name "$recipe-again" "$@"
-    .venv/bin/python -m train compare "runs/$recipe" "runs/$recipe-again"
+    .venv/bin/python -m train run --recipe "$recipe" "$@" --name "$name-again"
+    .venv/bin/python -m train compare "$runs/$name" "$runs/$name-again"
     ;;
 test)
     make_environment

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.dispatch import resolve
+from kernels.dispatch import require_tensors, resolve
 
 Tensors = Sequence[torch.Tensor]
 # elements of a tensor that a program takes, and of its tiles: the search for the tensor costs as much as a few. The
@@ -173,6 +173,7 @@ def _launches(sizes, decays, *, pointers: int) -> Iterator[tuple[slice, tuple[tu
 
 def _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, decays) -> None:
     """Refuse tensors that do not fit each other."""
+    require_tensors(lr=lr)
     if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"lr must be one number of float32 or float64, got shape {tuple(lr.shape)}, {lr.dtype}")
     named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "decays": decays}
@@ -181,6 +182,7 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, decays) -> None:
             raise ValueError(f"{name} must be one for each of {len(params)} params, got {len(values)}")
     for name, tensors in {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}.items():
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            require_tensors(**{f"{name}[{i}]": tensor})
             if tensor.dtype != lr.dtype or tensor.device != lr.device:
                 raise ValueError(
                     f"{name}[{i}] must be {lr.dtype} on {lr.device} like lr, got {tensor.dtype} on {tensor.device}"
@@ -191,6 +193,7 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, decays) -> None:
                     f"shape {tuple(tensor.shape)} with strides {tensor.stride()}"
                 )
     for i, step in enumerate(steps):
+        require_tensors(**{f"steps[{i}]": step})
         if step.numel() != 1 or step.dtype != torch.float32 or step.device != lr.device:
             got = f"shape {tuple(step.shape)}, {step.dtype} on {step.device}"
             raise ValueError(f"steps[{i}] must be one number of float32 on {lr.device}, got {got}")

@@ -14,7 +14,7 @@ from kernels.attention_backward import attention_backward, segments
 from kernels.attention_eager import NORM_EPS, attention_eager, attention_eager_backward, compute_dtype
 from kernels.attention_forward import attention_forward
 from kernels.attention_tile import dense_rows, keys_to_loop_over
-from kernels.dispatch import resolve, values_are_readable
+from kernels.dispatch import require_tensors, require_tensors_or_none, resolve, values_are_readable
 from kernels.reduce import sum_segments
 
 HEAD_WIDTHS = (16, 32, 64, 128)
@@ -212,6 +212,8 @@ def _valid_keys(key_count_B, key_mask_BS, S: int) -> torch.Tensor | None:
 
 def _check(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS) -> None:
     """Refuse tensors that do not fit each other."""
+    require_tensors(q=q_BHTD, k=k_BGSD, v=v_BGSD, log_scale=log_scale_H)
+    require_tensors_or_none(key_count=key_count_B, key_mask=key_mask_BS)
     for name, tensor in (("q", q_BHTD), ("k", k_BGSD), ("v", v_BGSD)):
         letters = "B, H, T, D" if name == "q" else "B, G, S, D"
         if tensor.dim() != 4:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from kernels.attention import _check, _check_options, _kernel_inputs
 from kernels.attention_backward import attention_backward, segments
 from kernels.attention_tile import dense_rows
-from kernels.dispatch import resolve
+from kernels.dispatch import require_tensors, resolve
 from kernels.reduce import JointSums, Summand, joined, sum_segments
 
 PRODUCT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,6 +50,7 @@ class KeyValueColumns:
         Raises:
             ValueError: no such columns are left, no kernel runs here, or what `gqa_attention` refuses.
         """
+        require_tensors(kv=self.kv_BSX, q=q_BHTD)
         if self.kv_BSX.dim() != 3 or self.kv_BSX.dtype not in PRODUCT_TYPES:
             got = f"shape {tuple(self.kv_BSX.shape)}, {self.kv_BSX.dtype}"
             raise ValueError(f"kv must be [B, S, X] of float32, bfloat16 or float16, got {got}")

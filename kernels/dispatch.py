@@ -6,6 +6,7 @@
 """
 
 import os
+import reprlib
 from typing import Any
 
 import torch
@@ -30,6 +31,22 @@ def resolve(impl: str, device: torch.device) -> str:
             f"impl='triton' must have CUDA tensors (CPU ones only with TRITON_INTERPRET=1), got device {device}"
         )
     return impl
+
+
+def require_tensors(**arguments: Any) -> None:
+    """Refuse what is no tensor, before its shape is asked for.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {reprlib.repr(value)}")
+
+
+def require_tensors_or_none(**arguments: Any) -> None:
+    """Refuse what is neither a tensor nor left out, see `require_tensors`."""
+    require_tensors(**{name: value for name, value in arguments.items() if value is not None})
 
 
 def kernels_accept_cpu() -> bool:

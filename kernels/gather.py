@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.dispatch import resolve, values_are_readable
+from kernels.dispatch import require_tensors, resolve, values_are_readable
 
 MOST = 12
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -87,6 +87,7 @@ def _check(tensors_RX, index_B) -> None:
     """Refuse tensors that do not fit each other, and rows that are not there."""
     if not 1 <= len(tensors_RX) <= MOST:
         raise ValueError(f"tensors must be 1 to {MOST}, got {len(tensors_RX)}")
+    require_tensors(index=index_B, **{f"tensors[{k}]": tensor for k, tensor in enumerate(tensors_RX)})
     if index_B.dim() != 1 or index_B.dtype != torch.int64:
         raise ValueError(f"index must be [B] of int64, got shape {tuple(index_B.shape)}, {index_B.dtype}")
     for k, tensor in enumerate(tensors_RX):

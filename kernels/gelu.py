@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import resolve
+from kernels.dispatch import require_tensors, resolve
 from kernels.gelu_tile import gelu_slope, normal_cdf
 from kernels.reduce import JointSums, Summand, joined, sum_segments
 
@@ -134,6 +134,7 @@ class _Summed(torch.autograd.Function):
 
 def _check(x_BTC, bias_C) -> None:
     """Refuse tensors that do not fit each other."""
+    require_tensors(x=x_BTC, bias=bias_C)
     if x_BTC.dim() != 3:
         raise ValueError(f"x must be [B, T, C], got shape {tuple(x_BTC.shape)}")
     if bias_C.shape != x_BTC.shape[-1:]:

@@ -10,7 +10,7 @@ everything is float32, whatever autocast says: millimetres on a roof of ten metr
 import torch
 from torch.nn.functional import linear, softplus
 
-from kernels.dispatch import resolve
+from kernels.dispatch import require_tensors, resolve
 from kernels.heads_triton import UNITS, WIDEST, segment_heads_backward, segment_heads_forward
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -166,6 +166,7 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 def _check(x_BNC, weight_7C, bias_7, conf_weight_1C, conf_bias_1, offsets_N23) -> None:
     """Refuse tensors that do not fit each other."""
+    require_tensors(x=x_BNC)
     if x_BNC.dim() != 3 or not 1 <= x_BNC.shape[-1] <= WIDEST:
         raise ValueError(f"x must be [B, N, C] with C in [1, {WIDEST}], got shape {tuple(x_BNC.shape)}")
     _, N, C = x_BNC.shape
@@ -176,6 +177,7 @@ def _check(x_BNC, weight_7C, bias_7, conf_weight_1C, conf_bias_1, offsets_N23) -
         ("conf_bias", conf_bias_1, (1,)),
         ("offsets", offsets_N23, (N, 2, 3)),
     ):
+        require_tensors(**{name: tensor})
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in (*INPUT_TYPES, torch.float64):

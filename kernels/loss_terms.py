@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from kernels.dispatch import resolve, values_are_readable
+from kernels.dispatch import require_tensors, resolve, values_are_readable
 from kernels.log1p_tile import cross_entropy
 
 CONF_TARGETS = ("mass", "partner")
@@ -192,6 +192,7 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 def _check(transport_B, endpoint_B, matched_BN, partner_BN, conf_BN, gt_count_B) -> None:
     """Refuse tensors that do not fit each other."""
+    require_tensors(transport=transport_B, conf=conf_BN)
     if conf_BN.dim() != 2:
         raise ValueError(f"conf must be [B, N], got shape {tuple(conf_BN.shape)}")
     single, dtype = (torch.float32, torch.float64), transport_B.dtype
@@ -206,6 +207,7 @@ def _check(transport_B, endpoint_B, matched_BN, partner_BN, conf_BN, gt_count_B)
         "gt_count": (gt_count_B, (B,), (torch.int32, torch.int64)),
     }
     for name, (tensor, shape, dtypes) in rules.items():
+        require_tensors(**{name: tensor})
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape} for a conf of {(B, N)}, got {tuple(tensor.shape)}")
         if tensor.dtype not in dtypes:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import resolve, values_are_readable
+from kernels.dispatch import require_tensors, resolve, values_are_readable
 from kernels.matching_eager import match_segments_backward_eager, match_segments_forward_eager
 from kernels.matching_triton import match_segments_backward_triton, match_segments_forward_triton
 from kernels.sinkhorn import SLACKS, sinkhorn_reference
@@ -99,6 +99,7 @@ def match_segments(
     Source: Cuturi 2013 (arXiv:1306.0895), Sinkhorn's iteration; Sarlin et al. 2020 (arXiv:1911.11763), the dustbin.
     """
     settings = Settings(direction_weight, length_weight, cost_scale, eps, iterations, dustbin, slack, plan_gradient)
+    require_tensors(mid=mid_BN3, dir=dir_BN3, len=len_BN, gt=gt_BM23, gt_count=gt_count_B)
     impl = resolve(impl, mid_BN3.device)
     _check_tensors(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, impl)
     _check_settings(settings)

@@ -14,7 +14,7 @@ from enum import IntEnum
 
 import torch
 
-from kernels.dispatch import resolve, values_are_readable
+from kernels.dispatch import require_tensors, resolve, values_are_readable
 from kernels.philox_triton import philox_words
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -165,6 +165,7 @@ def dropout_keep(
     """
     if not 0 <= rate < 1:
         raise ValueError(f"rate must be in [0, 1), got {rate}")
+    require_tensors(scene=scene_B)
     if scene_B.shape != shape[:1]:
         raise ValueError(f"scene must be [B] with B = {shape[0]}, got shape {tuple(scene_B.shape)}")
     check_key_and_counters(seed, step=step, scene=scene_B, place=place)
@@ -191,6 +192,7 @@ def dropout(
 
     See `dropout_keep` for the arguments, errors and determinism. The scaling is done in float32.
     """
+    require_tensors(x=x)
     if rate == 0:
         return x
     keep = dropout_keep(tuple(x.shape), rate, seed=seed, step=step, scene_B=scene_B, place=place)

@@ -13,7 +13,7 @@ C channels.
 
 import torch
 
-from kernels.dispatch import resolve, values_are_readable
+from kernels.dispatch import require_tensors, require_tensors_or_none, resolve, values_are_readable
 from kernels.points_backward import point_layers_backward
 from kernels.points_eager import folded_features, point_features, point_layers
 from kernels.points_forward import empty_outputs, point_features_triton, point_layers_forward
@@ -257,6 +257,8 @@ def _product_dtype(precision: str) -> torch.dtype:
 
 def _check_points(xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2, point_count_B) -> None:
     """Refuse points that do not fit each other, and counts out of range where values may be read."""
+    require_tensors(xyz=xyz_BT3, class_id=class_id_BT, source=source_BT, behind=behind_BT)
+    require_tensors_or_none(votes=votes_BT2, point_count=point_count_B)
     if xyz_BT3.dim() != 3 or xyz_BT3.shape[2] != 3:
         raise ValueError(f"xyz must be [B, T, 3], got shape {tuple(xyz_BT3.shape)}")
     B, T, _ = xyz_BT3.shape
@@ -292,9 +294,11 @@ def _check_weights(
     frequencies_F3, label_table, source_table, behind_table, weight1, bias1, weight2, bias2, gain, xyz_BT3, votes_BT2
 ) -> None:
     """Refuse weights that do not fit each other or the points."""
+    tables = {"label_table": label_table, "source_table": source_table, "behind_table": behind_table}
+    layers = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2, "gain": gain}
+    require_tensors(frequencies=frequencies_F3, **tables, **layers)
     if frequencies_F3.dim() != 2 or frequencies_F3.shape[1] != 3:
         raise ValueError(f"frequencies must be [F, 3], got shape {tuple(frequencies_F3.shape)}")
-    tables = {"label_table": label_table, "source_table": source_table, "behind_table": behind_table}
     for name, table in tables.items():
         if table.dim() != 2 or not len(table):
             raise ValueError(f"{name} must be [classes, width] with a class at least, got shape {tuple(table.shape)}")
@@ -304,18 +308,12 @@ def _check_weights(
     votes = 0 if votes_BT2 is None else 2
     K = 3 + 2 * len(frequencies_F3) + sum(table.shape[1] for table in tables.values()) + votes
     J, C = len(bias1), len(gain)
-    shapes = {
-        "weight1": (weight1, (J, K)),
-        "bias1": (bias1, (J,)),
-        "weight2": (weight2, (C, J)),
-        "bias2": (bias2, (C,)),
-        "gain": (gain, (C,)),
-    }
-    for name, (tensor, shape) in shapes.items():
+    shapes = {"weight1": (J, K), "bias1": (J,), "weight2": (C, J), "bias2": (C,), "gain": (C,)}
+    for name, tensor in layers.items():
+        shape = shapes[name]
         if tensor.shape != shape or not tensor.numel():
             raise ValueError(f"{name} must be {list(shape)} and not empty, got shape {tuple(tensor.shape)}")
-    floats = {"votes": votes_BT2, "frequencies": frequencies_F3, **tables}
-    for name, tensor in (floats | {name: tensor for name, (tensor, _) in shapes.items()}).items():
+    for name, tensor in {"votes": votes_BT2, "frequencies": frequencies_F3, **tables, **layers}.items():
         if tensor is not None and (tensor.dtype != xyz_BT3.dtype or tensor.device != xyz_BT3.device):
             raise ValueError(
                 f"{name} must have the dtype and device of xyz, {xyz_BT3.dtype} on {xyz_BT3.device}, "

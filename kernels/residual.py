@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import resolve
+from kernels.dispatch import require_tensors, require_tensors_or_none, resolve
 from kernels.philox import Counter, check_key_and_counters, dropout_keep
 from kernels.philox_tile import signed_seed
 from kernels.reduce import JointSums, Summand, joined, sum_each
@@ -74,6 +74,8 @@ def residual_norm(
         are sums over all rows in an order that depends on their number alone. Masks are recomputed, never stored.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
     """
+    require_tensors(x=x_BTC)
+    require_tensors_or_none(y=y_BTC, gain=gain_C, bias=bias_C)
     dtype = x_BTC.dtype if dtype is None else dtype
     _check(x_BTC, y_BTC, gain_C, bias_C, dtype)
     if not 0 < eps < math.inf:
@@ -319,6 +321,7 @@ def _check_draws(x_BTC, rate, seed, step, scene_B, place) -> None:
         return
     if scene_B is None:
         raise ValueError("scene must be given where rate is not 0")
+    require_tensors(scene=scene_B)
     for name, counter, count in (("scene", scene_B, len(x_BTC)), ("step", step, 1)):
         if not isinstance(counter, torch.Tensor):
             continue

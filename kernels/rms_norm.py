@@ -9,6 +9,8 @@ The backward is PyTorch's fused one of LayerNorm with a mean of 0, which also ta
 import torch
 from torch import Tensor
 
+from kernels.dispatch import require_tensors
+
 # of `torch.nn.RMSNorm` in float32; in float64 too, so that there it is the truth of the same function
 EPS = torch.finfo(torch.float32).eps
 BLOCK = 1024
@@ -29,6 +31,7 @@ def rms_norm(x: Tensor, gain_C: Tensor) -> Tensor:
     Determinism: repeats bit for bit with the same number of threads.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
     """
+    require_tensors(x=x, gain=gain_C)
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x must be float32 or float64, got {x.dtype}")
     if gain_C.shape != x.shape[-1:] or gain_C.dtype != x.dtype:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import sinkhorn_eager, sinkhorn_large, sinkhorn_small
-from kernels.dispatch import resolve, values_are_readable
+from kernels.dispatch import require_tensors, require_tensors_or_none, resolve, values_are_readable
 
 MAX_SIZE = 2048
 SLACKS = ("full", "minimal")
@@ -324,6 +324,8 @@ sinkhorn_forward.register_autograd(_backward, setup_context=_save)
 
 def _check(cost, rows, cols, eps, iterations, dustbin, slack, log_a, log_b, path) -> None:
     """Refuse what no form of the operator takes."""
+    require_tensors(cost=cost)
+    require_tensors_or_none(rows=rows, cols=cols, log_a=log_a, log_b=log_b)
     if cost.dim() != 3:
         raise ValueError(f"cost must be [B, N, M], got shape {tuple(cost.shape)}")
     if cost.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -359,6 +361,8 @@ def _check_dustbin(dustbin, cost) -> None:
                 f"dustbin must be a number or a float tensor of shape [] on {cost.device}, "
                 f"got {dustbin.dtype} of shape {tuple(dustbin.shape)} on {dustbin.device}"
             )
+    elif dustbin is not None and not isinstance(dustbin, Real):
+        raise ValueError(f"dustbin must be a number or a tensor, got {dustbin!r}")
     elif dustbin is not None and not math.isfinite(dustbin):
         raise ValueError(f"dustbin must be finite, got {dustbin}")
 

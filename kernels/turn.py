@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.dispatch import resolve
+from kernels.dispatch import require_tensors, resolve
 from kernels.philox import Counter, Place, check_key_and_counters, philox_4x32, unit_interval
 from kernels.philox_tile import joined_seed, kernel_draws, signed_seed
 
@@ -122,6 +122,7 @@ def _(xyz_BT3, gt_BM23, scene_B, step_1, rotate, flip, seed):
 
 def _check(xyz_BT3, gt_BM23, scene_B, rotate, seed, step) -> None:
     """Refuse tensors that do not fit each other, and options and counters out of range."""
+    require_tensors(xyz=xyz_BT3, gt=gt_BM23, scene=scene_B)
     if xyz_BT3.dim() != 3 or xyz_BT3.shape[2] != 3:
         raise ValueError(f"xyz must be [B, T, 3], got shape {tuple(xyz_BT3.shape)}")
     B = len(xyz_BT3)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kernels.attention import HEAD_WIDTHS, gqa_attention
+from kernels.dispatch import require_tensors
 from kernels.philox import Counter, dropout
 from kernels.rms_norm import rms_norm
 
@@ -40,7 +41,14 @@ class RMSNorm(nn.RMSNorm):
 class GroupedQueryAttention(nn.Module):
     """Attention with grouped heads, L2-normalised queries and keys and a learned temperature per query head.
 
-    A drop-in for `nn.MultiheadAttention(batch_first=True)` where no attention weights are asked for:
+    Takes the place of `nn.MultiheadAttention(channels, heads, bias=False, batch_first=True)`, not its weights: it is
+    another function, trained from the start. Each call is rewritten; kv_heads = heads shares no keys and values:
+
+        attention(x, x, x)[0]                                becomes   attention(x)
+        attention(x, m, m, key_padding_mask=padding)[0]      becomes   attention(x, m, key_mask_BS=~padding)
+
+    Keys and values come from one memory. There are no attention weights to return, no attn_mask, no dropout of weights
+    and no tensors without a batch. For example:
 
         attention = GroupedQueryAttention(channels=256, heads=4, kv_heads=2)
         x_BTC = torch.randn(8, 64, 256)                       # queries
@@ -53,15 +61,15 @@ class GroupedQueryAttention(nn.Module):
         channels: width C of queries, memory and output; a multiple of `heads`.
         heads, kv_heads: H query heads share G key and value heads; H is a multiple of G. C / H is 16, 32, 64 or 128.
     Raises:
-        ValueError: the widths do not divide; see also `kernels.gqa_attention`.
+        ValueError: the widths do not divide; called, x or memory is not [B, T, C]; see also `kernels.gqa_attention`.
     Determinism: that of `kernels.gqa_attention`.
     """
 
     def __init__(self, channels: int, heads: int, kv_heads: int):
         super().__init__()
-        if channels % heads:
+        if heads < 1 or channels % heads:
             raise ValueError(f"channels must be a multiple of heads, got {channels} and {heads}")
-        if heads % kv_heads:
+        if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
         if channels // heads not in HEAD_WIDTHS:
             raise ValueError(
@@ -86,6 +94,7 @@ class GroupedQueryAttention(nn.Module):
     ) -> torch.Tensor:
         """Attend from x to the memory (without one, to x); at most one of count and mask says which keys count."""
         memory_BSC = x_BTC if memory_BSC is None else memory_BSC
+        self._check(x_BTC, memory_BSC)
         o_BHTD = gqa_attention(
             self.split(self.q_proj(x_BTC), self.heads),
             self.split(self.k_proj(memory_BSC), self.kv_heads),
@@ -96,6 +105,16 @@ class GroupedQueryAttention(nn.Module):
             impl=impl,
         )
         return self.out_proj(o_BHTD.transpose(1, 2).flatten(2))
+
+    def _check(self, x_BTC: torch.Tensor, memory_BSC: torch.Tensor) -> None:
+        """Refuse tensors that do not fit by the names that the caller gave them, not by those of the heads."""
+        require_tensors(x=x_BTC, memory=memory_BSC)
+        channels = self.q_proj.in_features
+        for name, letters, tensor in (("x", "B, T", x_BTC), ("memory", "B, S", memory_BSC)):
+            if tensor.dim() != 3 or tensor.shape[-1] != channels:
+                raise ValueError(f"{name} must be [{letters}, {channels}], got shape {tuple(tensor.shape)}")
+        if len(memory_BSC) != len(x_BTC):
+            raise ValueError(f"memory must have the {len(x_BTC)} items of x, got shape {tuple(memory_BSC.shape)}")
 
     def split(self, x_BTC: torch.Tensor, heads: int) -> torch.Tensor:
         """View the columns of a projection as heads, [B, heads, T, D]."""

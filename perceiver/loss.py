@@ -20,7 +20,7 @@ from perceiver.model import Segments
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the cost and of the terms. eps and dustbin are in units of cost_scale * cost.
+    """Weights of the cost and of the terms. dustbin is in units of the cost, eps in those of cost_scale * cost.
 
     Raises:
         ValueError: conf_target is unknown, conf_weight is negative, or the operator would refuse a value.

@@ -135,6 +135,8 @@ def test_what_does_not_fit_is_refused(device, monkeypatch):
     for kv in (kv_BSX.double(), kv_BSX[0]):
         with pytest.raises(ValueError, match=r"kv must be \[B, S, X\] of float32, bfloat16 or float16, got shape"):
             KeyValueColumns(kv).attend(queries[0].to(kv.dtype), scales[0], kv_heads=1)
+    with pytest.raises(ValueError, match="q must be a tensor, got None"):
+        KeyValueColumns(kv_BSX).attend(None, scales[0], kv_heads=1)
     with pytest.raises(ValueError, match="log_scale must be at most log 60"):
         KeyValueColumns(kv_BSX).attend(queries[0], scales[0] + math.log(1e4), kv_heads=1)
 

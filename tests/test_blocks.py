@@ -33,7 +33,7 @@ def test_attention_module_is_its_definition():
 
 
 def test_the_example_of_its_docstring_runs():
-    (example,) = re.findall(r"asked for:\n\n(.*)\n\n    Args:", GroupedQueryAttention.__doc__ or "", re.DOTALL)
+    (example,) = re.findall(r"For example:\n\n(.*)\n\n    Args:", GroupedQueryAttention.__doc__ or "", re.DOTALL)
     names = {"torch": torch, "GroupedQueryAttention": GroupedQueryAttention}
     exec(textwrap.dedent(example), names)
     assert names["y_BTC"].shape == (8, 64, 256)
@@ -63,11 +63,48 @@ def test_temperature_starts_at_the_root_of_the_head_width():
 
 @pytest.mark.parametrize(
     ("channels", "heads", "kv_heads", "name"),
-    [(30, 4, 2, "channels"), (64, 4, 3, "heads"), (96, 4, 2, "channels / heads")],
+    [
+        (30, 4, 2, "channels"),
+        (64, 0, 1, "channels"),
+        (64, 4, 3, "heads"),
+        (64, 4, 0, "heads"),
+        (96, 4, 2, "channels / heads"),
+    ],
 )
 def test_widths_that_do_not_fit_are_refused(channels, heads, kv_heads, name):
     with pytest.raises(ValueError, match=f"{name} must be (a multiple|one of)"):
         GroupedQueryAttention(channels, heads, kv_heads)
+
+
+def test_a_call_of_multihead_attention_has_the_place_that_the_docstring_says():
+    """Keys that are padding of one are padding of the other, and the shapes are the same."""
+    theirs = nn.MultiheadAttention(64, 4, bias=False, batch_first=True)
+    ours = GroupedQueryAttention(64, heads=4, kv_heads=4)
+    assert sum(p.numel() for p in theirs.parameters()) + ours.heads == sum(p.numel() for p in ours.parameters())
+    x, m, padding = torch.randn(2, 5, 64), torch.randn(2, 9, 64), torch.arange(9) >= torch.tensor([[4], [9]])
+    changed = torch.where(padding[:, :, None], torch.randn(2, 9, 64), m)
+    for call in (
+        lambda m: theirs(x, m, m, key_padding_mask=padding)[0],
+        lambda m: ours(x, m, key_mask_BS=~padding),
+    ):
+        assert call(m).shape == x.shape
+        torch.testing.assert_close(call(m), call(changed))
+    assert theirs(x, x, x)[0].shape == ours(x).shape
+
+
+@pytest.mark.parametrize(
+    ("x", "memory", "message"),
+    [
+        (torch.rand(5, 32), None, r"x must be \[B, T, 32\], got shape \(5, 32\)"),
+        (torch.rand(2, 5, 16), None, r"x must be \[B, T, 32\], got shape \(2, 5, 16\)"),
+        (torch.rand(2, 5, 32), torch.rand(9, 32), r"memory must be \[B, S, 32\], got shape \(9, 32\)"),
+        (torch.rand(2, 5, 32), torch.rand(3, 9, 32), r"memory must have the 2 items of x, got shape \(3, 9, 32\)"),
+        (torch.rand(2, 5, 32), [1.0], r"memory must be a tensor, got \[1.0\]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_the_callers_names(x, memory, message):
+    with pytest.raises(ValueError, match=message):
+        GroupedQueryAttention(32, heads=2, kv_heads=1)(x, memory)
 
 
 def test_attention_block_normalises_queries_only():

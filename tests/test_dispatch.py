@@ -1,12 +1,17 @@
 """Which implementation runs where, and what is refused."""
 
+import inspect
+import re
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import kernels
 from kernels.dispatch import family, resolve, values_are_readable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -63,3 +68,75 @@ def test_gpus_of_one_family_share_launches(arch, name, monkeypatch):
 def test_the_interpreter_launches_as_an_sm_90_does(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert family(torch.zeros(1)) == "sm_90"
+
+
+# each operator of `kernels` with arguments that it takes
+X, INTS = torch.rand, torch.zeros(2, 5, dtype=torch.int64)
+COUNT = torch.tensor([3, 4])
+POINT_LAYERS = {
+    "weight1": X(8, 20), "bias1": X(8), "weight2": X(6, 8), "bias2": X(6), "gain": X(6),
+    "label_table": X(13, 4), "source_table": X(2, 2), "behind_table": X(29, 3), "frequencies_F3": X(3, 3),
+}  # fmt: skip
+OPERATORS = {
+    "adamw": {
+        **{name: [X(3)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")},
+        "steps": [torch.ones(1)], "lr": torch.tensor(1e-3), "decays": [0.0], "limit": 1.0,
+    },
+    "bias_gelu": {"x_BTC": X(2, 5, 16), "bias_C": X(16)},
+    "gather_rows": {"tensors_RX": [X(4, 3)], "index_B": torch.tensor([1, 0])},
+    "gqa_attention": {
+        "q_BHTD": X(2, 4, 5, 16), "k_BGSD": X(2, 2, 7, 16), "v_BGSD": X(2, 2, 7, 16), "log_scale_H": X(4),
+        "key_count_B": COUNT, "key_mask_BS": None,
+    },
+    "loss_terms": {
+        "transport_B": X(2), "endpoint_B": X(2), "matched_BN": X(2, 5), "partner_BN": INTS, "conf_BN": X(2, 5),
+        "gt_count_B": COUNT, "conf_weight": 0.1, "endpoint_weight": 0.1,
+    },
+    "match_segments": {
+        "mid_BN3": X(2, 5, 3), "dir_BN3": X(2, 5, 3), "len_BN": X(2, 5), "gt_BM23": X(2, 6, 2, 3), "gt_count_B": COUNT,
+    },
+    "point_embedding": {
+        "xyz_BT3": X(2, 5, 3), "class_id_BT": INTS, "source_BT": INTS, "behind_BT": INTS, "votes_BT2": X(2, 5, 2),
+        "point_count_B": COUNT, **POINT_LAYERS,
+    },
+    "residual_norm": {
+        "x_BTC": X(2, 5, 16), "y_BTC": X(2, 5, 16), "gain_C": X(16), "bias_C": X(16), "scene_B": COUNT, "rate": 0.1,
+    },
+    "rms_norm": {"x": X(2, 16), "gain_C": X(16)},
+    "segment_heads": {
+        "x_BNC": X(2, 5, 16), "weight_7C": X(7, 16), "bias_7": X(7), "conf_weight_1C": X(1, 16), "conf_bias_1": X(1),
+        "offsets_N23": X(5, 2, 3),
+    },
+    "sinkhorn": {
+        "cost_BNM": X(2, 5, 6), "rows_B": COUNT, "cols_B": COUNT, "dustbin": torch.tensor(0.5), "eps": 0.1,
+        "iterations": 2, "log_a_BN": None, "log_b_BM": None,
+    },
+    "turn": {"xyz_BT3": X(2, 5, 3), "gt_BM23": X(2, 6, 2, 3), "scene_B": COUNT, "seed": 1, "step": 1},
+}  # fmt: skip
+
+
+def no_tensors() -> Iterator[tuple[str, str, Any]]:
+    """Each operator with each argument that is a tensor, or a list of them, and what it cannot be."""
+    for operator in OPERATORS:
+        for name, parameter in inspect.signature(getattr(kernels, operator)).parameters.items():
+            if "Tensor" in str(parameter.annotation):
+                may_lack = parameter.default is None
+                yield from ((operator, name, value) for value in ("ten", [1, 2], *([] if may_lack else [None])))
+
+
+def test_every_operator_stands_in_the_table_with_arguments_that_it_takes():
+    functions = {name for name in kernels.__all__ if inspect.isfunction(getattr(kernels, name))}
+    assert set(OPERATORS) == {name for name in functions if not name.endswith("_reference")}
+    for name, arguments in OPERATORS.items():
+        getattr(kernels, name)(**arguments)
+
+
+@pytest.mark.parametrize(("operator", "argument", "value"), list(no_tensors()), ids=str)
+def test_what_is_no_tensor_is_refused_by_the_name_of_its_argument(operator, argument, value):
+    name, given = re.sub(r"_[A-Z0-9]+$", "", argument), value
+    if isinstance(OPERATORS[operator].get(argument), list):
+        name, given = f"{name}[0]", [value]
+    # some may be a number as well
+    kind = "an int" if argument == "step" else "a (number or a )?tensor"
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)} must be {kind}.*, got {re.escape(repr(value))}$"):
+        getattr(kernels, operator)(**OPERATORS[operator] | {argument: given})

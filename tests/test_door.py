@@ -13,6 +13,7 @@ COMMANDS = ("demo", "again", "s23dr", "test", "bench", "gpu", "doctor", "help")
 # answers every probe, and on `-m venv` leaves a .venv whose python writes down its calls as well
 WORKING = """#!/bin/bash
 echo "$(basename "$0") $*" | tr '\\n' ' ' | cut -c1-100 >>"$CALLS"
+while [[ -n ${WAIT:-} && "$*" == *"$WAIT"* && ! -e $CALLS.go ]]; do sleep 0.02; done
 if [[ "$*" == *"-m $BREAK"* ]]; then exit 3; fi
 if [[ "$1 $2" == "-m venv" ]]; then rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; fi
 """
@@ -23,6 +24,7 @@ class Door:
     def __init__(self, folder: Path):
         self.home, self.bin = folder / "a copy", folder / "bin"
         self.calls_file = folder / "calls"
+        self.started: list[subprocess.Popen] = []
         self.home.mkdir()
         self.bin.mkdir()
         for name in ("reproduce.sh", "constraints.txt", "setup.py"):
@@ -37,13 +39,27 @@ class Door:
         return path
 
     def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return self.answer(self.start(*arguments, **environment))
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
         environment = {
             "PATH": f"{self.bin}:/usr/bin:/bin",
             "CALLS": str(self.calls_file),
             "BREAK": "nothing",
         } | environment
         door = ["bash", str(self.home / "reproduce.sh"), *arguments]
-        return subprocess.run(door, cwd="/", env=environment, check=False, capture_output=True, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.started.append(subprocess.Popen(door, cwd="/", env=environment, text=True, **pipes))
+        return self.started[-1]
+
+    def answer(self, process: subprocess.Popen) -> subprocess.CompletedProcess:
+        out, errors = process.communicate()
+        self.started.remove(process)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+    def go(self) -> None:
+        """Let calls go on that were told to wait."""
+        self.calls_file.with_name("calls.go").touch()
 
     def calls(self) -> list[str]:
         """The calls since the last time this was asked, without probes."""
@@ -54,7 +70,11 @@ class Door:
 
 @pytest.fixture
 def door(tmp_path):
-    return Door(tmp_path)
+    door = Door(tmp_path)
+    yield door
+    door.go()
+    for process in door.started[:]:
+        door.answer(process)
 
 
 def test_the_script_parses():
@@ -66,6 +86,15 @@ def test_help_lists_each_command_and_makes_nothing(door):
     assert answer.returncode == 0
     assert re.findall(r"^  ([a-z0-9]+) ", answer.stdout, re.MULTILINE) == list(COMMANDS)
     assert not (door.home / ".venv").exists()
+
+
+def test_the_example_of_help_does_not_meet_the_run_that_stands_there(door):
+    """A run directory belongs to one recipe: another seed needs another name."""
+    (example,) = re.findall(r"`bash reproduce\.sh (.*)`", door("help").stdout)
+    assert "--seed" in example and "--name" in example
+    door.install("python3", WORKING)
+    assert door(*example.split()).returncode == 0
+    assert door.calls()[-1] == f"python -m train run --recipe {example}"
 
 
 def test_an_unknown_command_exits_2_with_usage(door):
@@ -127,6 +156,54 @@ def test_the_environment_is_made_once(door):
     assert door.calls() == ["python -m train.doctor"]
 
 
+def test_what_is_made_says_how_much_it_takes(door):
+    door.install("python3", WORKING)
+    assert re.search(r"^making \.venv .* minutes, and \d\.\d GB of disk$", door("doctor").stderr, re.MULTILINE)
+
+
+def test_two_calls_at_once_make_one_environment(door):
+    door.install("python3", WORKING)
+    first = door.start("doctor", WAIT="pip install")
+    assert first.stderr.readline().startswith("making .venv")
+    second = door.start("doctor")
+    assert second.stderr.readline() == "another process is making .venv: waiting\n"
+    door.go()
+    assert door.answer(first).returncode == door.answer(second).returncode == 0
+    made, installed, *ran = door.calls()
+    assert "venv --clear" in made and "pip install" in installed and ran == ["python -m train.doctor"] * 2
+
+
+def test_an_environment_in_use_is_not_emptied(door):
+    door.install("python3", WORKING)
+    door("doctor")
+    door.calls_file.write_text("")
+    first = door.start("demo", WAIT="train run")
+    while "train run" not in door.calls_file.read_text():
+        assert first.poll() is None
+    (door.home / "constraints.txt").write_text("torch==2.12.0\n")
+    second = door.start("doctor")
+    assert second.stderr.readline().startswith("another process uses .venv, which must be made anew: waiting")
+    assert first.poll() is None and "--clear" not in door.calls_file.read_text()
+    door.go()
+    assert door.answer(first).returncode == door.answer(second).returncode == 0
+    assert [call for call in door.calls() if "--clear" in call] == ["python3 -m venv --clear .venv"]
+
+
+def test_two_commands_use_one_environment_at_a_time(door):
+    door.install("python3", WORKING)
+    door("doctor")
+    first = door.start("demo", WAIT="train run")
+    assert door("doctor").returncode == 0 and first.poll() is None
+
+
+def test_where_nothing_can_be_locked_nothing_is_waited_for(door):
+    door.install("python3", WORKING)
+    door.install("flock", "#!/bin/sh\necho 'flock: 9: no locks available' >&2\nexit 71\n")
+    answer = door("doctor")
+    assert answer.returncode == 0 and "flock" not in answer.stderr
+    assert door.calls()[-1] == "python -m train.doctor"
+
+
 @pytest.mark.parametrize("change", ["pins", "package", "stamp", "interpreter"])
 def test_a_stale_or_half_made_environment_is_made_anew(door, change):
     door.install("python3", WORKING)
@@ -173,6 +250,22 @@ def test_an_install_that_fails_leaves_no_stamp_and_is_tried_again(door):
                 "-m train run --recipe s23dr",
                 "-m train run --recipe s23dr --name s23dr-again",
                 "-m train compare runs/s23dr runs/s23dr-again",
+            ],
+        ),
+        (
+            ["again", "--seed", "4"],
+            [
+                "-m train run --recipe demo --seed 4",
+                "-m train run --recipe demo --seed 4 --name demo-again",
+                "-m train compare runs/demo runs/demo-again",
+            ],
+        ),
+        (
+            ["again", "tiny", "--name", "y", "--runs=there", "--name", "x"],
+            [
+                "-m train run --recipe tiny --name y --runs=there --name x",
+                "-m train run --recipe tiny --name y --runs=there --name x --name x-again",
+                "-m train compare there/x there/x-again",
             ],
         ),
         (["test"], ["-m pytest -n 2", "-m bench.static --check", "-m bench.static step --arch 90 --check"]),

@@ -53,6 +53,21 @@ def test_prediction_far_from_everything_goes_to_the_dustbin():
     assert loss.dustbin.item() == pytest.approx(1)
 
 
+def test_the_dustbin_is_in_units_of_the_cost_and_eps_in_those_of_the_scaled_cost():
+    truth = some_truth()
+    moved = perfect_prediction(truth + 0.2)
+
+    def mass(**values: float) -> float:
+        count = torch.full((2,), 6, dtype=torch.int32)
+        config = LossConfig(dustbin=0.3, **values)
+        return segment_loss(moved, truth, count, config, endpoint_weight=0.0).mass.item()
+
+    once = mass(cost_scale=5.0, eps=0.5)
+    assert 0.1 < once < 0.9
+    assert mass(cost_scale=10.0, eps=1.0) == pytest.approx(once, rel=1e-4)
+    assert mass(cost_scale=10.0, eps=0.5) != pytest.approx(once, rel=1e-2)
+
+
 def test_confidence_learns_mass_or_partner():
     truth = some_truth()
     count = torch.tensor([6, 3], dtype=torch.int32)

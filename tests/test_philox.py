@@ -156,6 +156,7 @@ def test_dropout_rate_out_of_range_is_refused(rate):
         ({"place": -1}, r"place must be an int in \[0, 2\^32\), got -1"),
         ({"scene_B": torch.zeros(2, dtype=torch.int32)}, "scene must be int64, got torch.int32"),
         ({"scene_B": torch.tensor([3, 1 << 32])}, r"scene must be in \[0, 2\^32\), got 3 to 4294967296"),
+        ({"scene_B": [3, 4]}, r"scene must be a tensor, got \[3, 4\]"),
         ({"seed": -1}, r"seed must be an int in \[0, 2\^64\), got -1"),
     ],
 )

@@ -2,13 +2,17 @@
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from bench.readme import REGIONS, fill, gpus, operators
 from bench.results import merge, write_results
+from tests.tiny_runs import tiny_recipe, train_quietly
 from train.__main__ import main
+from train.roofs import generate_scenes
+from train.sources import write_npz
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -89,6 +93,38 @@ def test_commands_it_names_exist(capsys):
             main([command, "--help"])
         assert stop.value.code == 0, command
     capsys.readouterr()
+
+
+def test_the_demos_digests_stand_where_it_says():
+    found = json.loads((RESULTS / "demo-cpu-2core.json").read_text())
+    assert "`bench/results/demo-cpu-2core.json` (`weights`)" in README
+    assert all(re.fullmatch(r"[0-9a-f]{64}", stage["weights"]) for stage in found["stages"])
+
+
+def test_the_operators_are_called_as_it_shows():
+    (example,) = re.findall(r"^## As a library\n\n(.*?)\n\n`pip", README, re.MULTILINE | re.DOTALL)
+    exec(textwrap.dedent(example), names := {})
+    shapes = {name: tuple(names[name].shape) for name in ("plan", "row_slack", "col_slack", "o", "y")}
+    assert shapes == {
+        "plan": (8, 64, 20), "row_slack": (8, 64), "col_slack": (8, 20), "o": (8, 4, 64, 32), "y": (8, 64, 128),
+    }  # fmt: skip
+    assert names["match"].matched_BN.shape == (8, 64)
+
+
+def test_rows_of_ones_own_are_scored_and_answered_beside_the_runs_scores(tmp_path, monkeypatch, capsys):
+    train_quietly(tiny_recipe(), tmp_path / "runs" / "demo")
+    own = tmp_path / "runs" / "demo" / "scores.json"
+    own.write_text('{"source": "roofs:easy?points=128#dev"}')
+    write_npz(generate_scenes(3, seed=5, points=128, setting="easy"), tmp_path / "DIRECTORY")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(
+        r"python -m train (\w+ runs/demo --data npz:DIRECTORY\b.*?)(?:\s+#.*)?$", README, re.MULTILINE
+    )
+    assert [command.split()[0] for command in commands] == ["evaluate", "predict"]
+    for command in commands:
+        assert main([*command.split(), "--device", "cpu"]) == 0, capsys.readouterr().err
+    assert own.read_text() == '{"source": "roofs:easy?points=128#dev"}'
+    assert (tmp_path / "scores" / "scores.json").exists() and (tmp_path / "submission.json").exists()
 
 
 def test_no_number_of_a_gpu_without_a_result_of_a_gpu():

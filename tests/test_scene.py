@@ -2,16 +2,23 @@ import dataclasses
 import io
 import pickle
 import random
+import re
+import textwrap
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from perceiver import scene as schema
 from perceiver.scene import RowError, Scene, check_scene, decode_scene, encode_scene, scene_key, stack_scenes
 from tests.random_scenes import random_scene, random_scenes
+from train.plots import POINT_CLASSES
+from train.sources import open_rows
 
+ROWS_PAGE = (Path(__file__).resolve().parent.parent / "docs" / "rows.md").read_text()
 TRUTH = ("gt_segments", "gt_vertices", "gt_edges", "gt_edge_classes")
 
 
@@ -222,3 +229,26 @@ def test_stacking_nothing_is_refused():
 def test_stacking_unequal_numbers_of_points_names_the_row():
     with pytest.raises(RowError, match=r"row 'b': .* 24 points as the others, has 25"):
         stack_scenes([random_scene("a"), random_scene("b", points=25)])
+
+
+def test_the_page_of_rows_shows_the_schema():
+    """In its order: names, dtypes, shapes, what is needed, and the classes of points."""
+    shown = re.findall(r"^\| `(\w+)` \| (\w+) \| (\[.*?\]) \| (\w+) \| (.*) \|$", ROWS_PAGE, re.MULTILINE)
+    expected = []
+    for name, (dtype, shape) in schema._SCHEMA.items():
+        needed = "no" if name in schema._OPTIONAL else "truth" if name in schema._TRUTH else "always"
+        expected.append((name, dtype, f"[{', '.join(map(str, shape))}]", needed))
+    assert [row[:4] for row in shown] == expected
+    texts = {name: text for name, *_, text in shown}
+    assert texts["class_id"] == ", ".join(f"{i} {name}" for i, (name, _) in enumerate(POINT_CLASSES))
+    assert f"1 to {schema.MAX_SEGMENTS} edges" in texts["gt_segments"]
+    assert f"0 to {schema.BEHIND_CLASSES - 1}" in texts["behind"]
+
+
+def test_the_rows_that_the_page_writes_are_read(tmp_path, monkeypatch):
+    (example,) = re.findall(r"^## Write some\n\n(.*?)\n\nA scene", ROWS_PAGE, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(example), names := {})
+    rows = open_rows("npz:mynpz")
+    assert list(rows.order_ids) == ["house-1"]
+    assert_same(rows.scene(0, truth=True), names["scene"])
