@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The one door. Makes its own environment in .venv, then trains, repeats, tests or measures; run again, it continues.
 set -euo pipefail
+path_of_caller=${PYTHONPATH:-}
 unset CDPATH PYTHONHOME PYTHONPATH PYTHONSAFEPATH
 export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
@@ -161,8 +162,9 @@ bench)
     .venv/bin/python -m bench "$@"
     ;;
 gpu)
-    # the PyTorch that knows this GPU may be a user's own
+    # the PyTorch that knows this GPU may be a user's own, and so may what it is compared with
     unset PYTHONNOUSERSITE
+    if [[ -n $path_of_caller ]]; then export PYTHONPATH=$path_of_caller; fi
     python=$(find_python "$can_reach_a_gpu" "${candidates[@]}") || {
         echo "reproduce.sh: gpu needs an NVIDIA GPU and a Python whose torch sees it; REPRODUCE_PYTHON names one" >&2
         exit 2

@@ -306,6 +306,12 @@ def test_the_environment_of_the_caller_does_not_reach_python(door):
     assert set(door.calls()) == {"path= venv="}
 
 
+def test_packages_that_were_brought_to_a_gpu_machine_are_found(door):
+    door.install("python3", '#!/bin/sh\necho "path=$PYTHONPATH venv=$PYTHONHOME" >>"$CALLS"\n')
+    door("gpu", "--out", "results", PYTHONPATH="/elsewhere", PYTHONHOME="/elsewhere")
+    assert set(door.calls()) == {"path=/elsewhere venv="}
+
+
 def test_continuous_integration_calls_the_door(door):
     (door.home / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", door.home / ".ci" / "run")
