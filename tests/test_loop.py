@@ -147,6 +147,9 @@ def test_the_trace_of_a_run_that_was_killed_or_stopped_is_byte_for_byte_the_same
         monkeypatch.setattr(train.graph, "advance", killed)
         with pytest.raises(Killed):
             run(recipe, path, device="cpu", progress=False, say=lines.append)
+        if at == 2:
+            # as if it had been killed before its trace came to the disk
+            (path / "trace.jsonl").unlink()
     monkeypatch.undo()
     run(recipe, path, device="cpu", progress=False, say=lines.append)
     said = ["has no checkpoint yet: starts at step 0"]

@@ -147,7 +147,7 @@ class _Trainer:
         if found:
             self._check_origin(stage, origin)
         else:
-            if (self.directory.path / "trace.jsonl").is_file():
+            if any(self.directory.path.glob("*.jsonl")):
                 self.say(f"{self.directory.path} has no checkpoint yet: starts at step {self.step:,}")
             self.directory.clear_logs()
             self.trace.start(self.step, stage, origin, self._state())
