@@ -37,6 +37,12 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+@pytest.fixture
+def terminal(monkeypatch):
+    """Bars are drawn as if on a terminal."""
+    monkeypatch.setattr("train.progress.is_watched", lambda: True)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """The directory of a finished run of the recipe `tiny`: to read, not to write."""

@@ -299,6 +299,17 @@ def test_a_foreign_file_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is not a checkpoint of this program"):
         load_checkpoint(tmp_path / "d.pt")
     (tmp_path / "e.pt").write_text("not a zip")
+    with pytest.raises(CheckpointError, match=r"e\.pt is damaged: by its first bytes it is not a checkpoint$"):
+        load_checkpoint(tmp_path / "e.pt")
+    (tmp_path / "e.pt").write_text("")
+    with pytest.raises(CheckpointError, match=r"is damaged: it is empty$"):
+        load_checkpoint(tmp_path / "e.pt")
+    torch.save({"format": 1, "model": Path()}, tmp_path / "e.pt")
+    with pytest.raises(
+        CheckpointError, match=r"e\.pt is not a checkpoint: it holds more than tensors and plain values$"
+    ):
+        load_checkpoint(tmp_path / "e.pt")
+    (tmp_path / "e.pt").write_bytes((tmp_path / "d.pt").read_bytes()[:-30])
     with pytest.raises(CheckpointError, match=r"cannot be read \(\w+: "):
         load_checkpoint(tmp_path / "e.pt")
     torch.save({"format": 1, "step": 3}, tmp_path / "f.pt")

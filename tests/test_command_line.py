@@ -3,6 +3,10 @@
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +15,7 @@ from train.checkpoint import load_checkpoint, save_checkpoint
 from train.roofs import generate_scenes
 from train.sources import write_npz
 
+ROOT = Path(__file__).resolve().parent.parent
 # one stage of two updates, unscored
 QUICK = ["--recipe", "tiny", "--quiet", "--device", "cpu", "--threads", "1", "--evaluate.no-score"]
 
@@ -148,11 +153,13 @@ def test_every_row_of_a_set_is_answered_whatever_can_be_read(runs, tmp_path, cap
     for file in (tmp_path / "bad").iterdir():
         file.write_bytes(b"damaged")
     predict = ["predict", str(runs / "tiny"), "--device", "cpu", "--threads", "1"]
-    for name, answers, fallbacks in (("set", 3, 1), ("bad", 1, 1)):
+    for name, answers, fallbacks, code in (("set", 3, 1, 0), ("bad", 1, 1, 1)):
         out = tmp_path / f"{name}.json"
-        assert main([*predict, "--data", f"npz:{tmp_path / name}", "--out", str(out)]) == 0
+        assert main([*predict, "--data", f"npz:{tmp_path / name}", "--out", str(out)]) == code
         assert len(json.loads(out.read_text())) == answers
-        assert f"{answers} answers, {fallbacks} of them the fallback for want of data" in capsys.readouterr().out
+        printed = capsys.readouterr()
+        assert f"{answers} answers, {fallbacks} of them the fallback for want of data" in printed.out
+        assert ("train predict: no row could be read" in printed.err) == bool(code)
 
 
 def test_where_answers_cannot_go_is_said_before_they_are_made(runs, tmp_path, capsys):
@@ -180,6 +187,18 @@ def test_scores_of_a_later_step_are_not_written_over(runs, tmp_path, capsys):
     (tmp_path / "scores.json").write_text("half")
     assert main(["evaluate", str(runs / "tiny"), *data, *out]) == 1
     assert "scores.json holds no scores (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["9", "2"], ids=["while it prints", "at the end"])
+def test_a_reader_that_goes_away_is_no_error(runs, step):
+    tensors = ["--tensors"] if step == "9" else []
+    command = [sys.executable, "-m", "train", "replay", str(runs / "tiny"), "--step", step, *tensors]
+    reader, writer = os.pipe()
+    os.close(reader)
+    child = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert child.returncode == 141
+    assert "pipe" not in child.stderr.lower() and "Traceback" not in child.stderr
 
 
 @pytest.mark.parametrize("data", ["roofs:hard", "parquet:nowhere", "s3://x", "roofs:easy?dots=3"])

@@ -150,6 +150,8 @@ def test_the_first_differing_tensor_of_each_kind_is_named(finished, tmp_path):
     comparison = compare_runs(finished, tmp_path / "other")
     assert comparison.sentence.startswith("step 13 is the first that differs: ")
     assert of(comparison, "recipe: ") == ["recipe: stages.2.endpoint_weight 0.1 against 0.2"]
+    (tensors,) = of(comparison, "tensors of step 15: first tokenizer.label_emb.weight; ")
+    assert tensors.endswith(" differ (traces name tensors at checkpoints only)")
     first, second, loss, gradient, after, same = of(comparison, "recomputed: ")
     assert first == f"recomputed: step 13 of {finished}, from stage2.pt, and it is as its trace says"
     assert second.endswith("and it is as its trace says")

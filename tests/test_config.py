@@ -6,6 +6,7 @@ import json
 import pytest
 
 from perceiver.model import PerceiverConfig
+from train import config
 from train.config import differing_keys, load_recipe, recipe_from_dict, recipe_to_dict
 
 
@@ -81,7 +82,11 @@ def test_a_mistake_is_named(tmp_path, change, message):
         load_recipe(write(tmp_path, "mine", **{"stages": [STAGE], **change}))
 
 
-def test_an_unknown_recipe_names_the_known_ones():
+def test_an_unknown_recipe_names_the_known_ones(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "CONFIGS", tmp_path / "configs")
+        with pytest.raises(ValueError, match=r"'demo' does not exist: .*configs is not there"):
+            load_recipe("demo")
     with pytest.raises(ValueError, match="'demoo' does not exist; known recipes: demo, s23dr, tiny"):
         load_recipe("demoo")
 

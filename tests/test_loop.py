@@ -77,6 +77,35 @@ def test_a_complete_run_is_left_alone(finished):
     assert before == {p.name: p.stat().st_mtime_ns for p in finished.iterdir() if p.suffix in (".pt", ".json")}
 
 
+def test_a_finished_run_gets_its_last_state_back_and_is_refused_without_a_result(finished, tmp_path):
+    recipe, path, lines = tiny_recipe(keep_every=7), tmp_path / "run", []
+    shutil.copytree(finished, path)
+    (path / "stage3.pt").unlink()
+    assert not run(recipe, path, device="cpu", progress=False, say=lines.append)
+    assert lines == [f"{path / 'stage3.pt'} was gone: written again from checkpoint.pt"]
+    assert compare_runs(finished, path).identical
+    (path / "certificate.json").unlink()
+    with pytest.raises(
+        RunRefused, match=r"certificate\.json is gone from a finished run: .* remove checkpoint\.pt and"
+    ):
+        train_quietly(recipe, path)
+    for name in ("checkpoint.pt", "checkpoint.pt.previous"):
+        (path / name).unlink()
+    assert train_quietly(recipe, path)
+    assert (path / "certificate.json").read_bytes() == (finished / "certificate.json").read_bytes()
+    (path / "trace.jsonl").unlink()
+    with pytest.raises(RunRefused, match=r"trace\.jsonl is gone from a finished run: .* under another --name"):
+        train_quietly(recipe, path)
+
+
+def test_a_run_that_is_refused_leaves_nothing(tmp_path):
+    stages = tiny_recipe().stages
+    stages = (*stages[:2], dataclasses.replace(stages[2], data="roofs:hard"))
+    with pytest.raises(ValueError, match="roofs:hard"):
+        train_quietly(tiny_recipe(stages=stages), tmp_path / "runs" / "run")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("stops", [(1,), (8,), (5, 9, 19)])
 def test_a_run_that_was_stopped_is_the_run_that_was_not(finished, tmp_path, monkeypatch, stops):
     recipe = tiny_recipe(keep_every=7)
@@ -103,7 +132,7 @@ def test_the_trace_has_every_step_and_every_scheduled_checkpoint(finished):
 
 def test_the_trace_of_a_run_that_was_killed_or_stopped_is_byte_for_byte_the_same(finished, tmp_path, monkeypatch):
     """Stopped before the first checkpoint, killed after it and in a stage's end."""
-    recipe, path = tiny_recipe(keep_every=7), tmp_path / "run"
+    recipe, path, lines = tiny_recipe(keep_every=7), tmp_path / "run", []
 
     class Killed(BaseException):
         pass
@@ -117,9 +146,15 @@ def test_the_trace_of_a_run_that_was_killed_or_stopped_is_byte_for_byte_the_same
 
         monkeypatch.setattr(train.graph, "advance", killed)
         with pytest.raises(Killed):
-            train_quietly(recipe, path)
+            run(recipe, path, device="cpu", progress=False, say=lines.append)
+        if at == 2:
+            # as if it had been killed before its trace came to the disk
+            (path / "trace.jsonl").unlink()
     monkeypatch.undo()
-    train_quietly(recipe, path)
+    run(recipe, path, device="cpu", progress=False, say=lines.append)
+    said = ["has no checkpoint yet: starts at step 0"]
+    said += [f"goes on from step {step}, in stage {stage}" for step, stage in ((3, 1), (8, 2), (18, 3))]
+    assert [line for line in lines if line.startswith(str(path))] == [f"{path} {line}" for line in said]
     for name in ("trace.jsonl", "metrics.jsonl", "certificate.json"):
         assert (path / name).read_bytes() == (finished / name).read_bytes(), name
 

@@ -12,6 +12,8 @@ EXAMPLE = {
     "prediction": {"vertices": [[0, 0, 0], [9, 9, 9]], "edges": [[0, 1]]},
 }
 
+BARE = {name: {"vertices": [[0, 0, 0], [1, 1, 1]], "edges": [[0, 1]]} for name in ("truth", "prediction")}
+
 
 def curve(figures, title, name):
     (figure,) = [figure for figure in figures if figure["title"] == title]
@@ -73,6 +75,12 @@ def test_all_vertices_and_nearly_all_points_are_in_the_box():
     (x0, x1), _, (z0, z1) = draw_scene({**EXAMPLE, "points": points, "class_id": [10] * 1001})["box"]
     assert x0 < -1.9 and 9 < x1 < 20
     assert z0 < -1.9 and 9 < z1 < 20
+
+
+def test_points_beside_the_house_are_in_the_box():
+    points = [*np.random.default_rng(0).uniform(size=(1000, 3)).tolist(), [-0.4, 1.4, 0.5]]
+    (x0, _), _, (_, z1) = draw_scene({**EXAMPLE, "points": points, "class_id": [12] * 1001, **BARE})["box"]
+    assert -0.7 < x0 < -0.4 and 1.4 < z1 < 1.7
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,13 @@ def test_a_step_is_replayed_from_the_nearest_checkpoint(finished):
     assert replay(finished, 14, steps=4).lines[0].startswith("recomputed steps 9 to 14 from ")
 
 
+def test_a_replay_shows_how_far_it_is_where_it_is_asked_to(finished, capfd, terminal):
+    replay(finished, 11)
+    assert "again" not in capfd.readouterr().err
+    replay(finished, 11, progress=True)
+    assert "making steps 9 to 11 again" in capfd.readouterr().err
+
+
 def test_a_replay_that_differs_names_step_and_value(run_dir):
     log = run_dir / "trace.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]

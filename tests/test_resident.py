@@ -345,7 +345,7 @@ def test_two_processes_at_once_make_the_rows_once(made, uri, cache):
     assert len(entries(cache)) == 1
 
 
-def test_loading_shows_progress_where_it_is_asked_for(uri, cache, capfd):
+def test_loading_shows_progress_where_it_is_asked_for(uri, cache, capfd, terminal):
     for _ in range(2):
         load_stage_data(uri)
     assert capfd.readouterr().err == ""
@@ -385,7 +385,7 @@ def test_rows_that_are_on_the_device_are_not_copied():
     assert to_device(rows, torch.device("cpu")) is rows
 
 
-def test_rows_are_moved_in_parts_and_arrive_as_they_were(device, monkeypatch, capfd):
+def test_rows_are_moved_in_parts_and_arrive_as_they_were(device, monkeypatch, capfd, terminal):
     monkeypatch.setattr(train.resident, "_UPLOAD_ROWS", 3)
     rows = stack_scenes(random_scenes(8))
     target = device if device.type == "cuda" else torch.device("meta")

@@ -135,8 +135,8 @@ def test_scores_are_said_not_to_be_computed_again(run_dir):
 def test_exchanged_rows_are_found(finished, monkeypatch):
     real = train.replay.stage_data
 
-    def exchanged(recipe, number):
-        data = real(recipe, number)
+    def exchanged(recipe, number, **options):
+        data = real(recipe, number, **options)
         rows = data.train.rows
         order = torch.arange(len(rows))
         order[[0, 1]] = order[[1, 0]]
@@ -151,7 +151,7 @@ def test_exchanged_rows_are_found(finished, monkeypatch):
 
 
 def test_rows_that_cannot_be_had_cannot_be_checked(finished, monkeypatch):
-    def gone(_recipe, _number):
+    def gone(_recipe, _number, **_options):
         raise ValueError("no network")
 
     monkeypatch.setattr(train.replay, "stage_data", gone)
@@ -233,6 +233,11 @@ def test_what_is_no_certificate_cannot_be_checked(tmp_path):
     (tmp_path / "certificate.json").write_text("[]")
     assert verify(tmp_path / "certificate.json").exit_code == 2
     assert verify(tmp_path / "nothing.json").exit_code == 2
+
+
+def test_a_directory_stands_for_the_certificate_in_it(finished, tmp_path):
+    assert verify(finished).sentence == f"yes, {finished / 'certificate.json'} holds"
+    assert verify(tmp_path).exit_code == 2
 
 
 def test_weights_of_a_file_at_the_start_cannot_be_had(run_dir):

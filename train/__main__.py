@@ -48,20 +48,30 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code.
 
-    0 yes, 1 no or refused, 2 misused or (replay, verify) cannot be checked here, 130 and 143 stopped by a signal.
+    0 yes, 1 no or refused, 2 misused or (replay, verify) cannot be checked here, 130 and 143 stopped by a signal, 141
+    by a reader that went away.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "run":
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
-        return options.action(options, rest)
+        code = options.action(options, rest)
+        # here, not at Python's end, a reader is missed that has gone
+        sys.stdout.flush()
+        return code
     except RunStopped as stop:
         print(f"\n{stop}. Run the same command again to go on.", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         print(f"\ntrain {options.command}: stopped at once; a run goes on from its last checkpoint", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # nobody reads on, as behind `| head`: what is not written yet goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if options.command == "run":
+            print("train run: nobody reads what it prints; a run goes on from its last checkpoint", file=sys.stderr)
+        return 141
     except _REFUSALS as error:
         full = isinstance(error, OSError) and error.errno in _DISK_FULL
         cure = ". Make room and run the same command again: it goes on from the last checkpoint" if full else ""
@@ -90,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-graph", action="store_true", help="GPU: launch every kernel by itself; the same bits, slower"
     )
     sub.add_argument("--strict", action="store_true", help="stop at a row that cannot be read: --data.strict")
-    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar, as where stderr is no terminal")
     sub.add_argument("--help-recipe", action="store_true", help="list the recipe's values and their flags")
     sub.set_defaults(action=_run)
 
@@ -103,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("predict", help="write submission.json for a set")
     _add_model_options(sub)
-    sub.add_argument("--out", type=Path, default=Path("submission.json"))
+    sub.add_argument(
+        "--out", type=Path, default=Path("submission.json"), help="file of the answers (default: submission.json)"
+    )
     sub.set_defaults(action=_predict)
 
     sub = add("compare", help="are two runs identical? exit code 0 only if every bit is")
@@ -123,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(action=_replay)
 
     sub = add("verify", help="recompute what a certificate says of a run: 0 yes, 1 no, 2 cannot be checked here")
-    sub.add_argument("certificate", type=Path, help="certificate.json, best beside the run's stage<k>_tail.pt")
+    sub.add_argument("certificate", type=Path, help="certificate.json, or the directory of its run")
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the run's)")
     sub.set_defaults(action=_verify)
     return parser
@@ -132,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", type=Path, help="a run directory, one of its checkpoints, or the published checkpoint.pt")
     sub.add_argument("--data", required=True, help="URI of the scenes, for example roofs:easy#dev or parquet:DIR#dev")
-    sub.add_argument("--batch", type=int, default=32)
+    sub.add_argument("--batch", type=int, default=32, help="scenes per forward pass, at most (default: 32)")
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     sub.add_argument("--strict", action="store_true", help="stop at a row that cannot be read")
     sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16"), help="default: the run's")
@@ -159,7 +171,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         graph=not options.no_graph,
         progress=not options.quiet,
     )
-    print(f"{run_dir} is {'complete' if trained else 'complete already; nothing was done'}")
+    print(f"{run_dir} is {'complete' if trained else 'complete already; nothing is left to train'}")
     _report(run_dir)
     return 0
 
@@ -289,18 +301,18 @@ def _compare(options: argparse.Namespace, _rest: list[str]) -> int:
 
 def _replay(options: argparse.Namespace, _rest: list[str]) -> int:
     if options.tensors:
-        again = recompute_update(options.run, options.step, device=options.device)
+        again = recompute_update(options.run, options.step, device=options.device, progress=True)
         for note in (f"step {options.step:,} of {options.run}, from {again.origin}", *again.notes):
             print(note, file=sys.stderr)
         for kind in KINDS:
             for name, value in tensor_digests(again.tensors[kind]).items():
                 print(kind, name, value)
         return int(bool(again.notes))
-    return _answer(replay(options.run, options.step, steps=options.steps, device=options.device))
+    return _answer(replay(options.run, options.step, steps=options.steps, device=options.device, progress=True))
 
 
 def _verify(options: argparse.Namespace, _rest: list[str]) -> int:
-    return _answer(verify(options.certificate, device=options.device))
+    return _answer(verify(options.certificate, device=options.device, progress=True))
 
 
 def _answer(verdict: Verdict) -> int:

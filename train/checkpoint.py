@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import pickle
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 FORMAT = 1
 _MARK = b"ridgeline sha256 "
 _HEX = 64
+_BEGIN = b"PK\3\4"
 # the end of a zip archive without a comment: of files of before the seal, and of no sealed one
 _NO_COMMENT = b"\0\0"
 
@@ -94,8 +96,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     digests = _digests(path, data)
     if digests and digests[0] != digests[1]:
         raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not have the digest {digests[2]}")
+    if not data.startswith(_BEGIN):
+        what = "by its first bytes it is not a checkpoint" if data else "it is empty"
+        raise CheckpointError(f"checkpoint {path} is damaged: {what}")
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to load the file without this care
+        raise CheckpointError(f"{path} is not a checkpoint: it holds more than tensors and plain values") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise CheckpointError(f"checkpoint {path} is damaged: it cannot be read ({reason})") from error

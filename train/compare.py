@@ -46,7 +46,7 @@ def compare_runs(
     Args:
         recompute: make the first differing update again in both runs, to name the first differing tensor. It takes
             the time of the updates since the nearest checkpoint, and puts the process into the runs' state.
-        say: receives a line before each recomputation.
+        say: receives a line before each recomputation, which then shows a bar too, on a terminal.
     Raises:
         RunRefused: a directory holds no run, or the two have neither a step nor a checkpoint in common.
         CheckpointError: a kept checkpoint is damaged.
@@ -76,7 +76,7 @@ def compare_runs(
             f"optimizer states of {len(stages[0])} stages, every bit"
         )
     causes = [*_differing_recipe(a, b), *_differing_processes(a, b)]
-    again = _made_again(a, b, first[0], first[1], say or (lambda _line: None)) if first and recompute else []
+    again = _made_again(a, b, first[0], first[1], say) if first and recompute else []
     where = f"step {first[1]:,} is the first that differs: " if first else ""
     return Comparison(sentence=f"{where}{a} and {b} differ", differences=(*differences, *again, *causes, *tensors))
 
@@ -117,7 +117,8 @@ def _first_differing_step(a: Sequence[Line], b: Sequence[Line]) -> tuple[tuple[s
             line = f"trace: first at step {step:,} ({kind}): {key} {readable(x[key])} against {readable(y[key])}"
             if digests and digests[0] < step:
                 return ("step", digests[0]), [digests[1], line]
-            return (kind, step), [line, *([digests[1]] if digests else [])]
+            later = " (traces name tensors at checkpoints only)" if digests and digests[0] > step else ""
+            return (kind, step), [line, *([digests[1] + later] if digests else [])]
     if digests:
         return ("step", digests[0]), [digests[1]]
     ends = [max((step for _, step in x), default=0) for x in steps]
@@ -137,17 +138,18 @@ def _first_differing_digests(a: Sequence[Line], b: Sequence[Line]) -> tuple[int,
     return None
 
 
-def _made_again(a: Path, b: Path, kind: str, step: int, say: Callable[[str], None]) -> list[str]:
+def _made_again(a: Path, b: Path, kind: str, step: int, say: Callable[[str], None] | None) -> list[str]:
     """Make the first differing update, or the initial weights, again in both runs, and name what differs first."""
     found: list[Anatomy] = []
     lines: list[str] = []
     for path in (a, b):
-        say(f"making {'the initial weights' if kind == 'start' else f'step {step:,}'} of {path} again")
+        if say:
+            say(f"making {'the initial weights' if kind == 'start' else f'step {step:,}'} of {path} again")
         try:
             if kind == "start":
                 found.append({"before": initial_weights(path)})
                 continue
-            again = recompute_update(path, step)
+            again = recompute_update(path, step, progress=say is not None)
         except CannotCheck as reason:
             lines.append(f"recomputed: not step {step:,} of {path}: {reason}")
             continue

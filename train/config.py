@@ -148,6 +148,11 @@ def load_recipe(name: str | Path) -> Recipe:
     """
     path = Path(name) if str(name).endswith(".json") else CONFIGS / f"{name}.json"
     if not path.is_file():
+        if path.parent == CONFIGS and not CONFIGS.is_dir():
+            raise ValueError(
+                f"recipe {str(name)!r} does not exist: {CONFIGS} is not there, an installed package has no recipes; "
+                "work in a checkout, or name a .json file"
+            )
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json") if p.stem != "base"))
         raise ValueError(f"recipe {str(name)!r} does not exist; known recipes: {known}")
     base = path.parent / "base.json"

@@ -22,6 +22,7 @@ import torch
 
 from perceiver.scene import RowError, Scene, SceneBatch, stack_scenes
 from train.decoding import decode
+from train.progress import progress_bar
 from train.resident import Columns, Facts, keep_rows, to_device
 from train.sources import Rows, SourceError, SourceUri, digest_sources, open_rows
 
@@ -172,7 +173,7 @@ def load_scenes(uri: str | SourceUri, *, truth: bool = True, strict: bool = Fals
     source = open_rows(uri)
     failed: list[RowError] = []
     scenes = list(_decode(source, source.span(uri.part), failed, truth=truth, strict=strict))
-    _complain(uri, failed)
+    _complain(uri, failed, then="left out" if truth else "without a scene")
     if truth and not scenes:
         raise SourceError(f"{uri}: has no usable rows")
     return scenes
@@ -314,10 +315,8 @@ def _decode(
     progress: bool = False,
 ) -> Iterator[Scene]:
     """The usable ones of some rows in their order; the others are added to `failed`, or the first of them raises."""
-    from tqdm import tqdm
-
     outcomes = decode((source.task(i, truth) for i in numbers), len(numbers))
-    for outcome in tqdm(outcomes, str(source.uri), len(numbers), unit="row", leave=False, disable=not progress):
+    for outcome in progress_bar(outcomes, title=str(source.uri), total=len(numbers), unit="row", show=progress):
         if not isinstance(outcome, RowError):
             yield outcome
         elif strict:
@@ -326,11 +325,11 @@ def _decode(
             failed.append(outcome)
 
 
-def _complain(uri: SourceUri, failed: Sequence[RowError]) -> None:
+def _complain(uri: SourceUri, failed: Sequence[RowError], then: str = "left out") -> None:
     for error in failed[:_NAMED]:
-        _log.warning("%s: %s; the row is left out", uri.with_part(None), error)
+        _log.warning("%s: %s; the row is %s", uri.with_part(None), error, then)
     if len(failed) > _NAMED:
-        _log.warning("%s: %d rows are undecodable and left out", uri.with_part(None), len(failed))
+        _log.warning("%s: %d rows are undecodable and %s", uri.with_part(None), len(failed), then)
 
 
 def _load_dev(source: Rows, *, strict: bool, progress: bool) -> RowSet:

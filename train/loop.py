@@ -24,6 +24,7 @@ from train.evaluate import Evaluation, evaluate, format_scores, write_scores
 from train.examples import write_examples
 from train.graph import StageUpdates
 from train.optim import build_optimizer, learning_rate, load_optimizer_state
+from train.progress import print_above_the_bar, progress_bar
 from train.pulse import require_finite, require_matching, require_temperature, temperature
 from train.rundir import RunDirectory, RunRefused
 from train.signals import RunStopped, signals_noted
@@ -51,13 +52,13 @@ def run(
         start: partial reproduction, from given weights at the beginning of a stage; ignored once there is a checkpoint.
         device: "cpu", "cuda", "cuda:N"; None takes a GPU where there is one.
         graph: on a GPU, record the updates of a stage into a CUDA graph; the bits are the same without.
-        progress: show a bar.
+        progress: show a bar, on a terminal.
         say: receives lines for people; None prints them above the bar.
     Returns:
         False if the directory already held the complete run.
     Raises:
         ValueError: a stage ahead has fewer rows than its batch takes, or its data cannot be had.
-        RunRefused: the directory is in use, cannot be written, or holds something else.
+        RunRefused: the directory is in use, cannot be written, or holds something else or only a part of a result.
         RunStopped: SIGINT or SIGTERM; the state is saved.
         RunDiverged: a value is not finite, everything goes to the dustbin after a warm-up and 500 updates of a stage,
             or a temperature left its range; what diverged was not saved.
@@ -68,29 +69,29 @@ def run(
         and machine, however often the run was stopped.
     """
     machine = enter(threads=recipe.threads, precision=recipe.precision, impl=recipe.impl, device=device)
-    directory = RunDirectory(run_dir)
     if recipe.evaluate.score:
         require_scorer()
+    new = not Path(run_dir).exists()
+    if new:
+        # what is refused leaves no directory
+        check_batches(recipe, recipe.start_of(start.stage - 1) if start else 0)
+    directory = RunDirectory(run_dir)
     with directory.locked(), ScorePool(recipe.evaluate.workers) as pool:
         trainer = _Trainer(
-            recipe, directory, machine, pool, graph=graph, progress=progress, say=say or _print_above_the_bar
+            recipe, directory, machine, pool, graph=graph, progress=progress, say=say or print_above_the_bar
         )
         trainer.restore(start)
         if trainer.step == recipe.stages[-1].until:
+            trainer.require_results()
             return False
-        check_batches(recipe, trainer.step)
+        if not new:
+            check_batches(recipe, trainer.step)
         trainer.note_process()
         with signals_noted() as caught:
             for number, stage in enumerate(recipe.stages, start=1):
                 if trainer.step < stage.until:
                     trainer.train_stage(number, stage, caught)
     return True
-
-
-def _print_above_the_bar(line: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(line)
 
 
 class _Trainer:
@@ -126,13 +127,14 @@ class _Trainer:
         self.directory.fix_recipe(self.recipe)
         if found:
             checkpoint, why = found
-            if why:
-                self.say(why)
             if checkpoint.machine != self.machine.record():
                 raise RunRefused(
                     f"run directory {self.directory.path} was computed with {dict(checkpoint.machine)}, this process "
                     f"has {self.machine.record()}: other arithmetic gives other bits"
                 )
+            ahead = [number for number, stage in enumerate(self.recipe.stages, 1) if checkpoint.step < stage.until]
+            if why or ahead:
+                self.say(why or f"{self.directory.path} goes on from step {checkpoint.step:,}, in stage {ahead[0]}")
             self.model.load_state_dict(checkpoint.model)
             load_optimizer_state(self.optimizer, checkpoint.optimizer)
             self.step = checkpoint.step
@@ -145,9 +147,19 @@ class _Trainer:
         if found:
             self._check_origin(stage, origin)
         else:
+            if any(self.directory.path.glob("*.jsonl")):
+                self.say(f"{self.directory.path} has no checkpoint yet: starts at step {self.step:,}")
             self.directory.clear_logs()
             self.trace.start(self.step, stage, origin, self._state())
         self.directory.cut_logs(self.step)
+
+    def require_results(self) -> None:
+        """Give a finished run the state of its end back, where it is gone, and refuse one that lacks a result."""
+        end = self.directory.stage_checkpoint(len(self.recipe.stages))
+        if not end.is_file():
+            self._save(end)
+            self.say(f"{end} was gone: written again from {self.directory.checkpoint.name}")
+        self.directory.require_results(scored=self.recipe.evaluate.score)
 
     def note_process(self) -> None:
         """Log where and with which sources this process computes: what a comparison of runs wants to know."""
@@ -368,9 +380,6 @@ class _Trainer:
         )
 
     def _bar(self, number: int, stage: StageConfig, first: int):
-        from tqdm import tqdm
-
-        title = f"stage {number}/{len(self.recipe.stages)} {stage.name}"
-        return tqdm(
-            total=stage.until - first, initial=self.step - first, desc=title, unit="step", disable=not self.progress
-        )
+        title, total = f"stage {number}/{len(self.recipe.stages)} {stage.name}", stage.until - first
+        initial = self.step - first
+        return progress_bar(title=title, total=total, initial=initial, unit="step", leave=True, show=self.progress)

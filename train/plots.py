@@ -183,12 +183,17 @@ def _joined(vertices: Sequence[Sequence[float]], edges: Iterable[Sequence[int]])
 
 
 def _box(points: Sequence[Sequence[float]], *wireframes: Sequence[Sequence[float]]) -> list[list[float]]:
-    """What is shown per axis: all vertices, and the points but for the outermost 2 % on each side."""
+    """What is shown per axis: all vertices, and the points but for those that lie far out.
+
+    Far out is farther from the middle 96 % of the points than half their width.
+    """
     box = []
     for axis in range(3):
         values = sorted(point[axis] for point in points)
         cut = len(values) // 50
-        shown = [values[cut], values[-1 - cut], *(vertex[axis] for wireframe in wireframes for vertex in wireframe)]
+        far = (values[-1 - cut] - values[cut]) / 2
+        near = [value for value in values if values[cut] - far <= value <= values[-1 - cut] + far]
+        shown = [near[0], near[-1], *(vertex[axis] for wireframe in wireframes for vertex in wireframe)]
         margin = 0.03 * (max(shown) - min(shown)) + 0.1
         box.append([round(min(shown) - margin, 3), round(max(shown) + margin, 3)])
     return box

@@ -17,6 +17,13 @@ from train.checkpoint import write_atomically
 from train.determinism import Machine
 from train.evaluate import predict_wireframes
 
+# without which a row is no answer
+_KEYS = {"order_id", "wf_vertices", "wf_edges"}
+
+
+class NothingRead(RuntimeError):
+    """No row of a set could be read; it was answered all the same."""
+
 
 def predict_command(
     model: Perceiver,
@@ -37,6 +44,7 @@ def predict_command(
     Returns:
         The rows.
     Raises:
+        NothingRead: if there are rows to answer and none of them could be read; the submission is written.
         ValueError: if an order_id occurs twice or a scene is not among `order_ids`; see also `predict_wireframes`.
         OSError: if `out` cannot be written.
     """
@@ -47,7 +55,14 @@ def predict_command(
     answers = {scene.order_id: wireframe for scene, wireframe in zip(scenes, wireframes, strict=True)}
     rows = [submission_row(order_id, answers.get(order_id, fallback_wireframe())) for order_id in wanted]
     write_atomically(out, (json.dumps(rows) + "\n").encode())
-    print(f"{len(rows)} answers, {len(rows) - len(answers)} of them the fallback for want of data, written to {out}")
+    unread, nothing = len(rows) - len(answers), submission_row("", fallback_wireframe())
+    empty = sum(row == {**nothing, "order_id": row["order_id"]} for row in rows) - unread
+    print(
+        f"{len(rows)} answers, {unread} of them the fallback for want of data, {empty} without a predicted edge, "
+        f"written to {out}"
+    )
+    if rows and not scenes:
+        raise NothingRead(f"no row could be read: every answer in {out} is the fallback")
     return rows
 
 
@@ -56,12 +71,15 @@ def check_out(out: Path) -> None:
 
     Raises:
         OSError: naming the path.
+        ValueError: it is a file with something else in it than a submission.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a directory; name a file", str(out))
     if not os.access(out.parent, os.W_OK):
         raise PermissionError(errno.EACCES, "its directory cannot be written", str(out))
+    if out.is_file() and not _is_submission(out.read_bytes()):
+        raise ValueError(f"{out} holds something else than answers: name another file with --out")
 
 
 def submission_row(order_id: str, wireframe: Wireframe) -> dict:
@@ -72,6 +90,15 @@ def submission_row(order_id: str, wireframe: Wireframe) -> dict:
         "wf_edges": wireframe.edges_E2.tolist(),
         "wf_classifications": [0] * len(wireframe.edges_E2),
     }
+
+
+def _is_submission(content: bytes) -> bool:
+    """Whether the bytes of a file are answers, or nothing."""
+    try:
+        rows = json.loads(content or b"[]")
+    except ValueError:
+        return False
+    return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= _KEYS for row in rows)
 
 
 def _check_order_ids(wanted: list[str], scenes: Sequence[Scene]) -> None:

@@ -21,6 +21,7 @@ from train.config import Recipe, read_object, recipe_from_dict
 from train.data import StageData
 from train.determinism import EnvironmentRefused, Machine, enter
 from train.optim import build_optimizer, learning_rate, load_optimizer_state
+from train.progress import progress_bar
 from train.rundir import read_log
 from train.step import update
 from train.trace import Line, Trace, digest, in_order, state_tensors, tensor_digests
@@ -56,7 +57,9 @@ class Differs(Exception):
     """The first difference."""
 
 
-def replay(run_dir: str | Path, step: int, *, steps: int = 1, device: str | None = None) -> Verdict:
+def replay(
+    run_dir: str | Path, step: int, *, steps: int = 1, device: str | None = None, progress: bool = False
+) -> Verdict:
     """Make the updates of a run that end with `step` again and compare them with its trace.
 
     Args:
@@ -64,6 +67,7 @@ def replay(run_dir: str | Path, step: int, *, steps: int = 1, device: str | None
         step: the last update to check.
         steps: how many updates before and with it are checked.
         device: where; None takes the run's own kind of device.
+        progress: show a bar, on a terminal.
     Returns:
         Yes, no with the first difference, or why it cannot be checked: no such update or checkpoint, or this machine
         computes other bits.
@@ -82,7 +86,7 @@ def replay(run_dir: str | Path, step: int, *, steps: int = 1, device: str | None
         if missing:
             raise CannotCheck(f"the trace of {path} has no step {missing[0]}")
         name, checkpoint, machine = _nearest_state(path, recipe, trace, begin, device)
-        past = Past(recipe, machine, _rows_of_run(path))
+        past = Past(recipe, machine, _rows_of_run(path), progress=progress)
         past.begin(checkpoint, trace)
         for line in past.updates(step):
             check_line(line, by_step[line["step"]], past, trace)
@@ -95,8 +99,12 @@ def replay(run_dir: str | Path, step: int, *, steps: int = 1, device: str | None
     return Verdict(agrees=True, sentence=f"yes, step {step:,} of {path} was computed so", lines=(note,))
 
 
-def recompute_update(run_dir: str | Path, step: int, *, device: str | None = None) -> Recomputed:
+def recompute_update(
+    run_dir: str | Path, step: int, *, device: str | None = None, progress: bool = False
+) -> Recomputed:
     """Make update `step` of a run again, from the nearest checkpoint before it, and keep every tensor of it.
+
+    `progress` shows a bar, on a terminal.
 
     Raises:
         CannotCheck: there is no such checkpoint, the rows are not there, this machine computes other bits, or an update
@@ -108,7 +116,7 @@ def recompute_update(run_dir: str | Path, step: int, *, device: str | None = Non
         raise CannotCheck(f"{path} has no step {step:,}: its recipe has 1 to {recipe.stages[-1].until:,}")
     by_step = {line["step"]: line for line in trace if line["kind"] == "step"}
     name, checkpoint, machine = _nearest_state(path, recipe, trace, step - 1, device)
-    past = Past(recipe, machine, _rows_of_run(path))
+    past = Past(recipe, machine, _rows_of_run(path), progress=progress)
     try:
         past.begin(checkpoint, trace)
     except Differs as difference:
@@ -153,8 +161,10 @@ def initial_weights(run_dir: str | Path) -> dict[str, torch.Tensor]:
 class Past:
     """A model and an optimizer that make the updates of a run again."""
 
-    def __init__(self, recipe: Recipe, machine: Machine, rows: Mapping[int, Mapping[str, Any]]):
-        self.recipe, self.machine, self._rows = recipe, machine, rows
+    def __init__(
+        self, recipe: Recipe, machine: Machine, rows: Mapping[int, Mapping[str, Any]], *, progress: bool = False
+    ):
+        self.recipe, self.machine, self._rows, self._progress = recipe, machine, rows, progress
         self._loaded: tuple[str, StageData] | None = None
 
     def begin(self, checkpoint: Checkpoint | None, trace: Sequence[Line]) -> None:
@@ -178,6 +188,13 @@ class Past:
 
     def updates(self, until: int) -> Iterator[Line]:
         """Make the updates after the current one up to `until`; yield the trace's line of each."""
+        title, total = f"making steps {self.step + 1:,} to {until:,} again", until - self.step
+        with progress_bar(title=title, total=total, unit="step", show=self._progress and total > 0) as bar:
+            for line in self._updates(until):
+                bar.update()
+                yield line
+
+    def _updates(self, until: int) -> Iterator[Line]:
         lines: list[Line] = []
         trace = Trace(self.recipe, lines.extend)
         while self.step < until:
@@ -212,7 +229,7 @@ class Past:
         uri = self.recipe.stages[number - 1].data
         if self._loaded is None or self._loaded[0] != uri:
             try:
-                self._loaded = uri, stage_data(self.recipe, number)
+                self._loaded = uri, stage_data(self.recipe, number, progress=self._progress)
             except (ValueError, OSError, ImportError, RuntimeError) as error:
                 raise CannotCheck(f"the rows of {uri} cannot be read: {error}") from error
         data, said = self._loaded[1], self._rows.get(number)

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from perceiver.scene import SceneBatch
+from train.progress import progress_bar
 
 VARIABLE = "RIDGELINE_CACHE"
 Facts = dict[str, Any]
@@ -104,7 +105,8 @@ def to_device(rows: SceneBatch, device: torch.device, *, title: str = "", progre
     if here.type == device.type and device.index in (None, here.index):
         return rows
     columns = {name: getattr(rows, name) for name in _COLUMNS}
-    with _bar(title, sum(x.nbytes for x in columns.values()), "B", progress) as bar:
+    total = sum(x.nbytes for x in columns.values())
+    with progress_bar(title=title, total=total, unit="B", unit_scale=True, show=progress) as bar:
         moved = {name: torch.empty_like(column, device=device) for name, column in columns.items()}
         for name, column in columns.items():
             for target, part in zip(moved[name].split(_UPLOAD_ROWS), column.split(_UPLOAD_ROWS), strict=True):
@@ -214,7 +216,8 @@ def _read(entry: Path, key: str, name: str, progress: bool) -> tuple[SceneBatch,
             raise _Damaged("set.json is not what was written")
         files = {column: np.memmap(entry / f"{column}.npy", np.uint8, mode="r") for column in _COLUMNS}
         size = sum(file.nbytes for file in files.values())
-        with _bar(f"{name}: checking", size, "B", progress) as bar, ThreadPoolExecutor() as threads:
+        bar = progress_bar(title=f"{name}: checking", total=size, unit="B", unit_scale=True, show=progress)
+        with bar, ThreadPoolExecutor() as threads:
             found = threads.map(lambda file: hashlib.sha256(file).hexdigest(), files.values())
             for column, digest in zip(_COLUMNS, found, strict=True):
                 if digest != contents["files"][column]:
@@ -268,9 +271,3 @@ def _disk() -> Iterator[None]:
         yield
     except OSError as error:
         raise _DiskRefused(f"{error.strerror or error}") from error
-
-
-def _bar(title: str, total: int, unit: str, progress: bool):
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=title, unit=unit, unit_scale=True, leave=False, disable=not progress)

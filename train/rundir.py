@@ -87,6 +87,19 @@ class RunDirectory:
                 "take another --name, or remove the directory"
             )
 
+    def require_results(self, *, scored: bool) -> None:
+        """Check that a finished run has what it leaves beside its states.
+
+        Raises:
+            RunRefused: names a file that is gone, and how it is made again.
+        """
+        anew = "train it anew under another --name"
+        again = "remove checkpoint.pt and checkpoint.pt.previous: the same command then makes the run's end again"
+        cures = {"metrics.jsonl": anew, "trace.jsonl": anew, "certificate.json": again}
+        for name, cure in (cures | ({"scores.json": again} if scored else {})).items():
+            if not (self.path / name).is_file():
+                raise RunRefused(f"{self.path / name} is gone from a finished run: put it back, or {cure}")
+
     def kept_states(self) -> list[Path]:
         """See `kept_states`."""
         return kept_states(self.path)

@@ -27,18 +27,20 @@ from train.rundir import read_log
 from train.trace import Line, digest, state_tensors
 
 
-def verify(path: str | Path, *, device: str | None = None) -> Verdict:
+def verify(path: str | Path, *, device: str | None = None, progress: bool = False) -> Verdict:
     """Recompute what a certificate says of the first 20 updates and of the last 20 of each stage.
 
     Args:
-        path: certificate.json; the ends of stages are checked where their stage<k>_tail.pt lie beside it.
+        path: certificate.json, or the directory it lies in; the ends of stages are checked where their
+            stage<k>_tail.pt lie beside it.
         device: where; None takes the certificate's own kind of device.
+        progress: show bars, on a terminal.
     Returns:
         Yes, no with the first difference, or why it cannot be checked here: another processor or GPU, another torch or
         Triton, rows that cannot be had, or a missing checkpoint (what can be checked without it was checked).
     Determinism: depends on the certificate, the files beside it and the machine only.
     """
-    path = Path(path)
+    path = Path(path) / "certificate.json" if Path(path).is_dir() else Path(path)
     done: list[str] = []
     try:
         certificate = read_certificate(path)
@@ -47,7 +49,7 @@ def verify(path: str | Path, *, device: str | None = None) -> Verdict:
         done += _other_code(certificate["code"]["files"])
         machine = same_machine(recipe, certificate["environment"], device)
         trace = _trace_beside(path)
-        past = Past(recipe, machine, {row["stage"]: row for row in certificate["data"]})
+        past = Past(recipe, machine, {row["stage"]: row for row in certificate["data"]}, progress=progress)
         try:
             missing = _verify_start(certificate, past, trace, done)
             for stage in certificate["stages"]:
