@@ -224,3 +224,18 @@ def test_an_unknown_value_of_the_recipe_is_refused(capsys):
     errors = capsys.readouterr().err
     assert "--stages.0.lr" in errors
     assert errors.endswith("train run: --help-recipe lists the recipe's values, --help the other flags\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
+)
+def test_threads_spin_for_a_short_time_unless_told_otherwise(given, found):
+    code = "import sys; import train.__main__, os; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment | given, check=True
+    )
+    assert run.stdout.split() == ["True", found]

@@ -13,6 +13,10 @@ from typing import Any
 
 # cuBLAS reads it when CUDA starts, which may be before the recipe is known
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# OpenMP reads it when torch is loaded: how long a thread spins before it sleeps. By itself it spins so long that beside
+# another program a training hardly moves; 5,000 was the fastest on idle cores too (bench/LOG.md)
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 from kernels.dispatch import IMPLEMENTATIONS
 from train.anatomy import KINDS
