@@ -5,21 +5,18 @@ at the encoder's shapes, and one of its launches is caught, checked and timed. W
 cache: in a step these kernels read what is no longer in it.
 """
 
-import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.gpu_cases import Tensors
 from bench.gpu_cases_layers import DROPOUT, embed_points, point_inputs, seam_inputs
-from bench.gpu_process import Sheet, end_on_sigterm, end_with_parent, note, seconds_to_prepare, share, wait_for_turn
-from bench.gpu_tiles import Caught, compile_ahead, time_caught
+from bench.gpu_process import Sheet, note, share
+from bench.gpu_tiles import Caught, run_sweep, time_caught
 from kernels import gelu, points_backward, residual_triton
 from kernels.gelu import bias_gelu
 from kernels.residual import residual_norm
@@ -257,28 +254,5 @@ def _compile(part: str) -> int:
     return 0
 
 
-def main() -> int:
-    """Run the part."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_seams")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--prepare", type=float, default=120.0, help="seconds for compiling, at most")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        end_with_parent()
-        return _compile(options.worker)
-    end_on_sigterm()
-    end_with_parent()
-    compile_ahead("bench.gpu_seams", seconds_to_prepare(options.prepare), min(8, os.cpu_count() or 1))
-    sheet = Sheet(options.out)
-    wait_for_turn()
-    time_seams(sheet, torch.device("cuda"))
-    for case in sheet.content["cases"]:
-        cold = case.get("cold_median_s", case.get("median_s"))
-        time = f"{1e3 * cold:8.4f} ms" if cold is not None else case.get("refused") or case["red"]
-        print(f"{case['group']:48} {case['name']:60} {time}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_sweep("bench.gpu_seams", _compile, time_seams))

@@ -162,27 +162,26 @@ def time_tiles(sheet: Sheet, device: torch.device, shapes: Sequence[str] = SHAPE
             sheet.write()
 
 
-def main() -> int:
-    """Run the part."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_tiles")
+def run_sweep(module: str, compile_part: Callable[[str], int], time_all: Callable[[Sheet, torch.device], None]) -> int:
+    """Run a part that times launches: compile all of them ahead in workers of `module`, time them, print the times."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--prepare", type=float, default=120.0, help="seconds for compiling, at most")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        end_with_parent()
-        return _compile(options.worker)
-    end_on_sigterm()
     end_with_parent()
-    compile_ahead("bench.gpu_tiles", seconds_to_prepare(options.prepare), min(12, os.cpu_count() or 1))
+    if options.worker:
+        return compile_part(options.worker)
+    end_on_sigterm()
+    compile_ahead(module, seconds_to_prepare(options.prepare), min(12, os.cpu_count() or 1))
     sheet = Sheet(options.out)
     wait_for_turn()
-    time_tiles(sheet, torch.device("cuda"))
+    time_all(sheet, torch.device("cuda"))
     for case in sheet.content["cases"]:
-        told = f"{1e3 * case['median_s']:8.4f} ms" if "median_s" in case else case.get("refused") or case["red"]
-        print(f"{case['group']:24} {case['name']:18} {told}")
+        times = [f"{1e3 * case[clock]:8.4f} ms" for clock in ("median_s", "cold_median_s") if clock in case]
+        print(f"{case['group']:44} {case['name']:50} {', cold '.join(times) or case.get('refused') or case['red']}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_sweep("bench.gpu_tiles", _compile, time_tiles))
