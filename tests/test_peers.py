@@ -62,6 +62,8 @@ def test_plain_matching_gives_the_losses_of_match_segments(name, plan_gradient):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
 
 
+# POT's docstrings, where it was installed without being compiled
+@pytest.mark.filterwarnings("ignore:.*invalid escape sequence")
 @pytest.mark.parametrize("peer", peers.balanced_peers(), ids=lambda peer: peer.name)
 def test_libraries_give_the_plan_of_a_balanced_problem(peer):
     if peer.version() is None:
