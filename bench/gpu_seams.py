@@ -8,7 +8,7 @@ cache: in a step these kernels read what is no longer in it.
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,34 +106,26 @@ def _norm(segment: int, rows: int, warps: int, stages: int) -> Options:
     return {"NORM_SEGMENT": segment, "NORM_ROWS": rows, "NORM_WARPS": warps, "NORM_STAGES": stages}
 
 
-_RESIDUAL_BACKWARD = (
-    *({"STAGES": stages} for stages in (2, 3)),
-    *(_residual(2, 2, SEGMENT=16, STAGES=stages) for stages in (1, 2, 3)),
-    *(_residual(2, 1, SEGMENT=8, STAGES=stages) for stages in (1, 2, 3)),
-    *(_residual(2, 4, SEGMENT=16, STAGES=stages) for stages in (1, 2)),
-    _residual(4, 2, SEGMENT=8, STAGES=1),
-    _residual(2, 1, SEGMENT=16, STAGES=2),
-    _residual(4, 4, SEGMENT=16, STAGES=2),
+_AFTER_ATTENTION = Swept(
+    module=residual_triton,
+    kernel="_residual_norm_bwd_kernel",
+    results=(8, 9),
+    partials=(10,),
+    inputs=_stream,
+    call=_after_attention,
+    candidates=[
+        *({"STAGES": stages} for stages in (2, 3)),
+        *(_residual(2, 2, SEGMENT=16, STAGES=stages) for stages in (1, 2, 3)),
+        *(_residual(2, 1, SEGMENT=8, STAGES=stages) for stages in (1, 2, 3)),
+        *(_residual(2, 4, SEGMENT=16, STAGES=stages) for stages in (1, 2)),
+        _residual(4, 2, SEGMENT=8, STAGES=1),
+        _residual(2, 1, SEGMENT=16, STAGES=2),
+        _residual(4, 4, SEGMENT=16, STAGES=2),
+    ],
 )
 KERNELS = {
-    "residual_norm with a copy, backward": Swept(
-        module=residual_triton,
-        kernel="_residual_norm_bwd_kernel",
-        results=(8, 9),
-        partials=(10,),
-        inputs=_stream,
-        call=_after_attention,
-        candidates=_RESIDUAL_BACKWARD,
-    ),
-    "residual_norm with a bias, backward": Swept(
-        module=residual_triton,
-        kernel="_residual_norm_bwd_kernel",
-        results=(8, 9),
-        partials=(10, 11),
-        inputs=_stream,
-        call=_after_feed_forward,
-        candidates=_RESIDUAL_BACKWARD,
-    ),
+    "residual_norm with a copy, backward": _AFTER_ATTENTION,
+    "residual_norm with a bias, backward": replace(_AFTER_ATTENTION, partials=(10, 11), call=_after_feed_forward),
     "residual_norm, forward": Swept(
         module=residual_triton,
         kernel="_residual_norm_fwd_kernel",
