@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from kernels.dispatch import require_tensors, resolve
+from kernels.registration import operator
 
 Tensors = Sequence[torch.Tensor]
 # elements of a tensor that a program takes, and of its tiles: the search for the tensor costs as much as a few. The
@@ -112,7 +113,7 @@ def adamw_reference(
     return norm
 
 
-@torch.library.custom_op("ridgeline::adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps"))
+@operator("ridgeline::adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps"))
 def _adamw(
     params: list[torch.Tensor],
     grads: list[torch.Tensor],

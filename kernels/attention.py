@@ -16,6 +16,7 @@ from kernels.attention_forward import attention_forward
 from kernels.attention_tile import dense_rows, keys_to_loop_over
 from kernels.dispatch import require_tensors, require_tensors_or_none, resolve, values_are_readable
 from kernels.reduce import sum_segments
+from kernels.registration import operator
 
 HEAD_WIDTHS = (16, 32, 64, 128)
 # exp of 62, over the shortest norm, is no number of float32
@@ -103,7 +104,7 @@ def gqa_attention_reference(
     return (p_BHTS @ v_BHSD).to(dtype_out)
 
 
-@torch.library.custom_op("ridgeline::gqa_attention_forward", mutates_args=())
+@operator("ridgeline::gqa_attention_forward")
 def _forward(
     q_BHTD: torch.Tensor,
     k_BGSD: torch.Tensor,
@@ -148,7 +149,7 @@ def _empty_outputs(q_BHTD, k_BGSD, impl: str):
     return torch.empty_like(_like(q_BHTD, impl)), lse_BHT, rq_BHT, k_BGSD.new_empty(k_BGSD.shape[:3], dtype=dtype)
 
 
-@torch.library.custom_op("ridgeline::gqa_attention_backward", mutates_args=())
+@operator("ridgeline::gqa_attention_backward")
 def _backward(
     do_BHTD: torch.Tensor,
     q_BHTD: torch.Tensor,

@@ -8,7 +8,7 @@ product on to the next, and its gradient walks back the same way: the last atten
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.attention import _check, _check_options, _kernel_inputs
+from kernels.attention import _check, _check_options, _forward, _kernel_inputs
 from kernels.attention_backward import attention_backward, segments
 from kernels.attention_tile import dense_rows
 from kernels.dispatch import require_tensors, resolve
@@ -82,8 +82,7 @@ class _Attend(torch.autograd.Function):
         ctx.columns, ctx.precision, ctx.dlog_scale = columns, precision, dlog_scale
         ctx.set_materialize_grads(False)
         k_BGSD, v_BGSD = _columns(kv_BSX, *ctx.columns)
-        operator = torch.ops.ridgeline.gqa_attention_forward
-        outputs = operator(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, None, "static", precision, 1, "triton")
+        outputs = _forward(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, None, "static", precision, 1, "triton")
         ctx.save_for_backward(q_BHTD, kv_BSX, log_scale_H, key_count_B, *outputs)
         return outputs[0], kv_BSX.view_as(kv_BSX)
 

@@ -7,6 +7,7 @@
 
 import os
 import reprlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -61,6 +62,13 @@ def values_are_readable(tensor: torch.Tensor) -> bool:
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return (tensor.device.type == "cpu" and not _stands_for_gpu()) or os.environ.get("KERNELS_CHECK") == "1"
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one for a while: Triton launches on that, wherever the tensors are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def family(tensor: torch.Tensor) -> str:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.dispatch import require_tensors, resolve, values_are_readable
+from kernels.registration import operator
 
 MOST = 12
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -50,7 +51,7 @@ def gather_rows_reference(tensors_RX: Sequence[torch.Tensor], index_B: torch.Ten
     return [tensor[index_B] for tensor in tensors_RX]
 
 
-@torch.library.custom_op("ridgeline::gather_rows", mutates_args=())
+@operator("ridgeline::gather_rows")
 def _gather_rows(tensors_RX: Sequence[torch.Tensor], index_B: torch.Tensor) -> list[torch.Tensor]:
     """The gathered rows of each tensor."""
     gathered_BX = [_rows_like(tensor, index_B) for tensor in tensors_RX]

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from kernels.dispatch import require_tensors, resolve
 from kernels.gelu_tile import gelu_slope, normal_cdf
 from kernels.reduce import JointSums, Summand, joined, sum_segments
+from kernels.registration import operator
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows and columns of a tile, warps, in both passes; a program of the backward takes SEGMENT rows and loads STAGES - 1
@@ -56,7 +57,7 @@ def bias_gelu_reference(x_BTC: torch.Tensor, bias_C: torch.Tensor) -> torch.Tens
     return torch.nn.functional.gelu(x_BTC.to(dtype) + bias_C.to(dtype)).to(x_BTC.dtype)
 
 
-@torch.library.custom_op("ridgeline::bias_gelu_forward", mutates_args=())
+@operator("ridgeline::bias_gelu_forward")
 def _forward(x_BTC: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
     """y_BTC."""
     y_BTC = x_BTC.new_empty(x_BTC.shape)
@@ -75,7 +76,7 @@ def _(x_BTC, bias_C):
     return x_BTC.new_empty(x_BTC.shape)
 
 
-@torch.library.custom_op("ridgeline::bias_gelu_backward", mutates_args=())
+@operator("ridgeline::bias_gelu_backward")
 def _backward(dy_BTC: torch.Tensor, x_BTC: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """dx_BTC, and dbias_C in float32."""
     partials_SC = x_BTC.new_empty(_segments(x_BTC), x_BTC.shape[-1], dtype=torch.float32)

@@ -12,6 +12,7 @@ from torch.nn.functional import linear, softplus
 
 from kernels.dispatch import require_tensors, resolve
 from kernels.heads_triton import UNITS, WIDEST, segment_heads_backward, segment_heads_forward
+from kernels.registration import operator
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 Segmented = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -78,7 +79,7 @@ def segment_heads_reference(
         )
 
 
-@torch.library.custom_op("ridgeline::segment_heads_forward", mutates_args=())
+@operator("ridgeline::segment_heads_forward")
 def _forward(
     x_BNC: torch.Tensor,
     weight_7C: torch.Tensor,
@@ -106,7 +107,7 @@ def _empty_outputs(x_BNC):
     return mid_BN3, dir_BN3, len_BN, conf_BN, raw_BN4
 
 
-@torch.library.custom_op("ridgeline::segment_heads_backward", mutates_args=())
+@operator("ridgeline::segment_heads_backward")
 def _backward(
     dmid_BN3: torch.Tensor,
     ddir_BN3: torch.Tensor,

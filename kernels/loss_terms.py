@@ -26,6 +26,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from kernels.dispatch import require_tensors, resolve, values_are_readable
 from kernels.log1p_tile import cross_entropy
+from kernels.registration import operator
 
 CONF_TARGETS = ("mass", "partner")
 # rows and lanes of the tile that the one program of the forward walks with, and its warps
@@ -125,7 +126,7 @@ def loss_terms_reference(
     )
 
 
-@torch.library.custom_op("ridgeline::loss_terms_forward", mutates_args=())
+@operator("ridgeline::loss_terms_forward")
 def _forward(
     transport_B: Tensor,
     endpoint_B: Tensor,
@@ -152,7 +153,7 @@ def _(transport_B, endpoint_B, matched_BN, partner_BN, conf_BN, gt_count_B, conf
     return transport_B.new_empty(()), transport_B.new_empty(6)
 
 
-@torch.library.custom_op("ridgeline::loss_terms_backward", mutates_args=())
+@operator("ridgeline::loss_terms_backward")
 def _backward(
     dtotal: Tensor, source_BN: Tensor, conf_BN: Tensor, conf_weight: float, endpoint_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from kernels.dispatch import require_tensors, resolve, values_are_readable
 from kernels.matching_eager import match_segments_backward_eager, match_segments_forward_eager
 from kernels.matching_triton import match_segments_backward_triton, match_segments_forward_triton
+from kernels.registration import operator
 from kernels.sinkhorn import SLACKS, sinkhorn_reference
 
 MAX_SEGMENTS = 128
@@ -169,7 +170,7 @@ def _partner(plan_BNM: Tensor, valid_BM: Tensor) -> Tensor:
     return torch.where(best_BNM.any(2), best_BNM.int().argmax(2), -1)
 
 
-@torch.library.custom_op("ridgeline::match_segments_forward", mutates_args=())
+@operator("ridgeline::match_segments_forward")
 def match_segments_forward(
     mid_BN3: Tensor,
     dir_BN3: Tensor,
@@ -207,7 +208,7 @@ def _(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, *settings):
     )
 
 
-@torch.library.custom_op("ridgeline::match_segments_backward", mutates_args=())
+@operator("ridgeline::match_segments_backward")
 def match_segments_backward(
     grad_transport_B: Tensor, grad_endpoint_B: Tensor, grads_B27N: Tensor, dtype: torch.dtype, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:

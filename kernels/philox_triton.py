@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dispatch import on
 from kernels.philox_tile import joined_seed, seed_words
 
 BLOCK = 256
@@ -21,12 +22,13 @@ def philox_words(
     tensors = [c if isinstance(c, int) or c.numel() == 1 else c.expand(shape).contiguous() for c in counters]
     if count:
         low, high = seed_words(seed)
-        _philox_kernel[(triton.cdiv(count, BLOCK),)](
-            *(None if isinstance(c, int) else c for c in tensors),
-            *(c if isinstance(c, int) else 0 for c in tensors),
-            *(0 if isinstance(c, int) or c.numel() == 1 else 1 for c in tensors),
-            words, count, low, high, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+        with on(device):
+            _philox_kernel[(triton.cdiv(count, BLOCK),)](
+                *(None if isinstance(c, int) else c for c in tensors),
+                *(c if isinstance(c, int) else 0 for c in tensors),
+                *(0 if isinstance(c, int) or c.numel() == 1 else 1 for c in tensors),
+                words, count, low, high, BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
     w0, w1, w2, w3 = words.unbind(0)
     return w0, w1, w2, w3
 

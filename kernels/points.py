@@ -19,6 +19,7 @@ from kernels.points_eager import folded_features, point_features, point_layers
 from kernels.points_forward import empty_outputs, point_features_triton, point_layers_forward
 from kernels.points_tile import ROWS, WIDTH
 from kernels.points_weights import FirstLayer, empty_weights, fold_weights, unfold_gradients
+from kernels.registration import operator
 
 PRECISIONS = ("bf16", "tf32", "ieee")
 MAX_CHANNELS = 256
@@ -143,7 +144,7 @@ def _triton(points, tables, layers, point_count_B, precision: str) -> torch.Tens
         return memory_PC.view(B, T, len(others[-1]))
 
 
-@torch.library.custom_op("ridgeline::point_features", mutates_args=())
+@operator("ridgeline::point_features")
 def _features(
     xyz_BT3: torch.Tensor,
     class_id_BT: torch.Tensor,
@@ -166,7 +167,7 @@ def _(xyz_BT3, class_id_BT, source_BT, behind_BT, votes_BT2, frequencies_F3, poi
     return xyz_BT3.new_empty(-(-B * T // ROWS) * ROWS, WIDTH, dtype=_product_dtype(precision))
 
 
-@torch.library.custom_op("ridgeline::point_layers_forward", mutates_args=())
+@operator("ridgeline::point_layers_forward")
 def _forward(
     features_PK: torch.Tensor,
     weight1: torch.Tensor,
@@ -195,7 +196,7 @@ def _(features_PK, weight1, bias1, label, source, behind, weight2_CJ, bias2, gai
     return *outputs, *empty_weights(features_PK, weight2_CJ, precision)
 
 
-@torch.library.custom_op("ridgeline::point_layers_backward", mutates_args=())
+@operator("ridgeline::point_layers_backward")
 def _backward(
     dmemory_PC: torch.Tensor,
     features_PK: torch.Tensor,

@@ -15,6 +15,7 @@ from kernels.dispatch import require_tensors, require_tensors_or_none, resolve
 from kernels.philox import Counter, check_key_and_counters, dropout_keep
 from kernels.philox_tile import signed_seed
 from kernels.reduce import JointSums, Summand, joined, sum_each
+from kernels.registration import operator
 from kernels.residual_triton import WIDEST, residual_norm_backward, residual_norm_forward, segments
 from kernels.rms_norm import EPS
 
@@ -139,7 +140,7 @@ def _fused(x_BTC, y_BTC, gain_C, *, bias_C, rate, seed, step, scene_B, place, dt
     return Residual(new_BTC, None if gain_C is None else normed_BTC, copy_BTC if copy else None)
 
 
-@torch.library.custom_op("ridgeline::residual_norm_forward", mutates_args=())
+@operator("ridgeline::residual_norm_forward")
 def _forward(
     x_BTC: torch.Tensor,
     y_BTC: torch.Tensor | None,
@@ -177,7 +178,7 @@ def _empty_outputs(x_BTC, y_BTC, gain_C, dtype, copy):
     )
 
 
-@torch.library.custom_op("ridgeline::residual_norm_backward", mutates_args=())
+@operator("ridgeline::residual_norm_backward")
 def _backward(
     dnew_BTC: torch.Tensor | None,
     dnormed_BTC: torch.Tensor | None,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import require_tensors
+from kernels.registration import operator
 
 # of `torch.nn.RMSNorm` in float32; in float64 too, so that there it is the truth of the same function
 EPS = torch.finfo(torch.float32).eps
@@ -41,7 +42,7 @@ def rms_norm(x: Tensor, gain_C: Tensor) -> Tensor:
     return _forward(x, gain_C)[0]
 
 
-@torch.library.custom_op("ridgeline::rms_norm_forward", mutates_args=())
+@operator("ridgeline::rms_norm_forward")
 def _forward(x: Tensor, gain_C: Tensor) -> tuple[Tensor, Tensor]:
     """y and the inverse roots r [*, 1]."""
     y, r = x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1))
@@ -52,7 +53,7 @@ def _forward(x: Tensor, gain_C: Tensor) -> tuple[Tensor, Tensor]:
     return y, r
 
 
-@torch.library.custom_op("ridgeline::rms_norm_backward", mutates_args=())
+@operator("ridgeline::rms_norm_backward")
 def _backward(dy: Tensor, x: Tensor, r: Tensor, gain_C: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and the gain."""
     dx, dgain_C = x.new_empty(x.shape), torch.zeros_like(gain_C)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels import sinkhorn_eager, sinkhorn_large, sinkhorn_small
 from kernels.dispatch import require_tensors, require_tensors_or_none, resolve, values_are_readable
+from kernels.registration import operator
 
 MAX_SIZE = 2048
 SLACKS = ("full", "minimal")
@@ -173,7 +174,7 @@ def _log_total(log_mass: Tensor) -> Tensor:
     return torch.where(some, total, -math.inf)
 
 
-@torch.library.custom_op("ridgeline::sinkhorn_forward", mutates_args=())
+@operator("ridgeline::sinkhorn_forward")
 def sinkhorn_forward(
     cost: Tensor,
     rows: Tensor | None,
@@ -208,7 +209,7 @@ def sinkhorn_forward(
     return plan, row_slack, col_slack, potentials, scales
 
 
-@torch.library.custom_op("ridgeline::sinkhorn_backward", mutates_args=())
+@operator("ridgeline::sinkhorn_backward")
 def sinkhorn_backward(
     grad_plan: Tensor,
     grad_row_slack: Tensor,

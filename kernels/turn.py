@@ -15,6 +15,7 @@ import triton.language as tl
 from kernels.dispatch import require_tensors, resolve
 from kernels.philox import Counter, Place, check_key_and_counters, philox_4x32, unit_interval
 from kernels.philox_tile import joined_seed, kernel_draws, signed_seed
+from kernels.registration import operator
 
 ROTATIONS = ("uniform", "half_turn", "none")
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,7 +94,7 @@ def _moved(xyz: torch.Tensor, rotation: tuple[torch.Tensor, ...]) -> torch.Tenso
     return torch.stack([cos * x + sin * z, y, cos * z - sin * x], dim=-1).to(xyz.dtype)
 
 
-@torch.library.custom_op("ridgeline::turn", mutates_args=())
+@operator("ridgeline::turn")
 def _turn(
     xyz_BT3: torch.Tensor,
     gt_BM23: torch.Tensor,

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from kernels.adamw import SEGMENT, UPDATE_TILE, _adamw, adamw
+from kernels.adamw import SEGMENT, UPDATE_TILE, adamw
 from tests.accuracy import assert_accurate
 from train.optim import ClippedAdamW, clip_and_step, load_optimizer_state, set_learning_rate
 
@@ -171,8 +171,8 @@ def test_the_operator_is_registered_as_it_acts(device):
     lists = problem(device)
     lists = {name: tensors[2:4] for name, tensors in lists.items()}
     arguments = (lists["params"], gradients(0, device)[2:4], *(lists[name] for name in LISTS[1:]))
-    torch.library.opcheck(_adamw, (*arguments, torch.tensor(0.1, device=device), [0.0, 0.1], 1.0, 0.9,
-                                                 0.95, 1e-8))  # fmt: skip
+    settings = (torch.tensor(0.1, device=device), [0.0, 0.1], 1.0, 0.9, 0.95, 1e-8)
+    torch.library.opcheck(torch.ops.ridgeline.adamw.default, (*arguments, *settings))
 
 
 def parameters(device) -> list[torch.nn.Parameter]:

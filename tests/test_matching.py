@@ -9,7 +9,6 @@ from kernels import matching, matching_eager
 from kernels.matching import (
     Match,
     match_segments,
-    match_segments_backward,
     match_segments_forward,
     match_segments_reference,
 )
@@ -347,11 +346,15 @@ def test_the_kernel_refuses_float64(device):
 def test_the_operators_are_well_registered(impl, need_grad, device):
     *predicted, gt, count = make_segments([2], 2, 2, device=device)
     predicted = [t.requires_grad_(need_grad) for t in predicted]
-    torch.library.opcheck(match_segments_forward, (*predicted, gt, count, *SETTINGS, need_grad, impl))
+    torch.library.opcheck(
+        torch.ops.ridgeline.match_segments_forward.default, (*predicted, gt, count, *SETTINGS, need_grad, impl)
+    )
     if need_grad:
         upstream = torch.rand(2, 1, device=device)
         grads = torch.rand(1, 2, 7, 2, device=device)
-        torch.library.opcheck(match_segments_backward, (*upstream, grads, torch.bfloat16, impl))
+        torch.library.opcheck(
+            torch.ops.ridgeline.match_segments_backward.default, (*upstream, grads, torch.bfloat16, impl)
+        )
 
 
 def test_it_compiles_without_a_graph_break(device):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.peers import POT_ALONE
-from kernels.sinkhorn import sinkhorn, sinkhorn_backward, sinkhorn_forward, sinkhorn_reference
+from kernels.sinkhorn import sinkhorn, sinkhorn_forward, sinkhorn_reference
 from tests.accuracy import assert_accurate
 from tests.sinkhorn_problems import KINDS, cast, differentiate, problem, truth_and_eager
 
@@ -284,10 +284,12 @@ def test_operators_are_registered_correctly(impl, device):
     arguments = cast(problem("full", B=2, N=3, M=4), torch.float32, device)
     cost, rows, cols, dustbin = (arguments[name] for name in ("cost_BNM", "rows_B", "cols_B", "dustbin"))
     inputs = (cost, rows, cols, dustbin, None, None)
-    torch.library.opcheck(sinkhorn_forward, (*inputs, 0.4, 2, "full", "auto", impl))
+    torch.library.opcheck(torch.ops.ridgeline.sinkhorn_forward.default, (*inputs, 0.4, 2, "full", "auto", impl))
     plan, row_slack, col_slack, *saved = (x.detach() for x in sinkhorn_forward(*inputs, 0.4, 2, "full", "auto", impl))
     leaves = (x.detach() if torch.is_tensor(x) else x for x in inputs)
-    torch.library.opcheck(sinkhorn_backward, (plan, row_slack, col_slack, *leaves, *saved, 0.4, "full", impl))
+    torch.library.opcheck(
+        torch.ops.ridgeline.sinkhorn_backward.default, (plan, row_slack, col_slack, *leaves, *saved, 0.4, "full", impl)
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)

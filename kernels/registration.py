@@ -1,0 +1,100 @@
+"""What PyTorch is told of an operator, and the short way to call it.
+
+`torch.library.custom_op` makes a function an operator that is traced, exported and checked as one piece. The host pays
+for that on every call, more than for the launch itself. Where nobody looks on (no tracer, profiler, mode or transform,
+no tensors of another class), an `Operator` runs the same function, and for the gradient the same pair of functions,
+without it: the same launches in the same order, so the same bits.
+
+Either way the function runs with the GPU of its tensors as the current one: Triton launches there.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from kernels.dispatch import on
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def operator(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable], "Operator"]:
+    """Make the decorated function the operator `name`, called as before."""
+    return lambda function: Operator(name, function, mutates_args)
+
+
+class Operator:
+    """A function of tensors that PyTorch knows as an operator.
+
+    Args:
+        name: "namespace::name".
+        function: of annotated arguments, from which the operator's schema is read; returns new tensors.
+        mutates_args: names of the arguments that it writes.
+    Determinism: that of the function; the way it is called has no influence.
+    """
+
+    def __init__(self, name: str, function: Callable, mutates_args: Iterable[str] = ()):
+        self._function = _beside_its_tensors(function)
+        self._registered = torch.library.custom_op(name, self._function, mutates_args=mutates_args)
+        # PyTorch counts the writes to a tensor where it registered them
+        self._direct = not tuple(mutates_args)
+        self._apply: Callable | None = None
+        functools.update_wrapper(self, function)
+
+    def register_fake(self, fake: Callable) -> Callable:
+        """Say what tensors the function returns, for tracers: `torch.library.CustomOpDef.register_fake`."""
+        return self._registered.register_fake(fake)
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """Say how gradients go back: `torch.library.CustomOpDef.register_autograd`; there is no second derivative."""
+        self._registered.register_autograd(backward, setup_context=setup_context)
+
+        # a setup_context of its own would have PyTorch read the signature on every call
+        def forward(ctx, *inputs: Any) -> Any:
+            output = self._function(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+        self._apply = type(self.__name__, (torch.autograd.Function,), members).apply
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        # a compiler that traces this call comes here first, and reads no further
+        if torch.compiler.is_compiling() or named or not self._direct or _observed(tensors := _tensors(arguments)):
+            return self._registered(*arguments, **named)
+        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+            return self._function(*arguments)
+        return (self._apply or self._registered)(*arguments)
+
+
+def _observed(tensors: list[torch.Tensor]) -> bool:
+    """Whether somebody is to see the operator, and not what it does."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or torch.autograd.profiler._is_profiler_enabled
+        or any(type(tensor) not in PLAIN or tensor.is_meta for tensor in tensors)
+    )
+
+
+def _tensors(arguments: Iterable[Any]) -> list[torch.Tensor]:
+    found = []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            found.append(argument)
+        elif isinstance(argument, list | tuple):
+            found += _tensors(argument)
+    return found
+
+
+def _beside_its_tensors(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        with on(_tensors(arguments)[0].device):
+            return function(*arguments)
+
+    return run

@@ -1,0 +1,210 @@
+"""An operator called directly is the operator that PyTorch knows, and whoever looks on sees that one."""
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import dispatch
+from kernels.attention import gqa_attention
+from kernels.gather import _gather_rows
+from kernels.matching import match_segments
+from kernels.registration import operator
+from kernels.residual import residual_norm
+from kernels.sinkhorn import sinkhorn
+
+
+@operator("ridgeline_tests::scaled")
+def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """x times factor, whose gradient is told by `_scaled_back` alone."""
+    return x.mul(factor)
+
+
+@operator("ridgeline_tests::count")
+def count(x: torch.Tensor) -> torch.Tensor:
+    """An operator without a gradient."""
+    return x.new_full((), x.numel())
+
+
+@operator("ridgeline_tests::increment", mutates_args=("x",))
+def increment(x: torch.Tensor) -> None:
+    x.add_(1)
+
+
+def _scaled_back(ctx, dy: torch.Tensor):
+    # not the derivative of what the function does: shows whose gradient was taken
+    return dy * (ctx.factor + 100), None
+
+
+def _remember(ctx, inputs: tuple, output: torch.Tensor) -> None:
+    _, ctx.factor = inputs
+
+
+scaled.register_fake(lambda x, factor: torch.empty_like(x))
+count.register_fake(lambda x: x.new_empty(()))
+scaled.register_autograd(_scaled_back, setup_context=_remember)
+
+
+class Seen(TorchDispatchMode):
+    """The names of what reaches the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs: Any = None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+class Wrapped(torch.Tensor):
+    """A tensor of another class, which sees the functions that it is given to."""
+
+    names: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs: Any = None):
+        cls.names.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _refused(*arguments: Any, **named: Any):
+    raise AssertionError("called through PyTorch")
+
+
+def _differentiate(outputs, inputs) -> list[torch.Tensor]:
+    """The outputs, and the gradients of their sums weighted by their place."""
+    floats = [x for x in outputs if x.requires_grad]
+    total = sum(((x * torch.arange(1, x.numel() + 1).view(x.shape)).sum() for x in floats), torch.zeros(()))
+    return [*outputs, *torch.autograd.grad(total, inputs)]
+
+
+def _matching():
+    generator = torch.Generator().manual_seed(3)
+    draw = [torch.rand(2, 5, 3, generator=generator), torch.rand(2, 5, 3, generator=generator) - 0.5]
+    inputs = [x.requires_grad_() for x in (*draw, torch.rand(2, 5, generator=generator))]
+    gt, counts = torch.rand(2, 4, 2, 3, generator=generator), torch.tensor([4, 2])
+    return match_segments(*inputs, gt, counts, iterations=3), inputs
+
+
+def _transport():
+    cost = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    return sinkhorn(cost, eps=0.2, iterations=3, dustbin=0.4), [cost]
+
+
+def _attention():
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((2, 4, 3, 16), (2, 2, 6, 16), (2, 2, 6, 16))
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    log_scale = torch.zeros(4, requires_grad=True)
+    return [gqa_attention(*inputs, log_scale, key_count_B=torch.tensor([6, 4]))], [*inputs, log_scale]
+
+
+def _residual():
+    generator = torch.Generator().manual_seed(6)
+    inputs = [torch.randn(2, 3, 16, generator=generator).requires_grad_() for _ in range(2)]
+    gain = torch.ones(16, requires_grad=True)
+    return list(residual_norm(*inputs, gain, dtype=torch.float32, impl="triton"))[:2], [*inputs, gain]
+
+
+@pytest.mark.parametrize("case", [_matching, _transport, _attention, _residual])
+def test_direct_calls_have_the_bits_of_the_registered_operator(case, monkeypatch):
+    if case is _residual and torch.cuda.is_available():
+        pytest.skip("its tensors are on the CPU, where the kernels run in the interpreter only")
+    direct = _differentiate(*case())
+    monkeypatch.setattr("kernels.registration._observed", lambda tensors: True)
+    for one, other in zip(direct, _differentiate(*case()), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_plain_tensors_do_not_pass_through_pytorch(monkeypatch):
+    for op in (scaled, count):
+        monkeypatch.setattr(op, "_registered", _refused)
+    x = torch.ones(3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(scaled(x, 2.0).sum(), x)
+    assert gradient.tolist() == [102.0] * 3
+    assert scaled(x.detach(), 2.0).tolist() == [2.0] * 3
+    assert count(torch.nn.Parameter(torch.ones(3), requires_grad=False)) == 3
+    with torch.no_grad():
+        assert not scaled(x, 2.0).requires_grad and count(x) == 3
+
+
+def test_what_looks_on_sees_the_operator(monkeypatch):
+    x, name = torch.ones(3), "ridgeline_tests.scaled.default"
+    with Seen() as seen:
+        scaled(x, 2.0)
+    assert seen.names == [name]
+    traced = make_fx(lambda x: scaled(x, 2.0))(x)
+    assert name in {str(node.target) for node in traced.graph.nodes}
+    Wrapped.names.clear()
+    scaled(x.as_subclass(Wrapped), 2.0)
+    assert name in Wrapped.names
+    with torch.profiler.profile(acc_events=True) as profile:
+        scaled(x, 2.0)
+    assert "ridgeline_tests::scaled" in {event.key for event in profile.key_averages()}
+
+
+def test_transforms_meet_the_operator():
+    rows = torch.func.vmap(lambda x: scaled(x, 2.0))(torch.ones(2, 3))
+    assert rows.tolist() == [[2.0] * 3] * 2
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: scaled(x, 2.0).sum())(torch.ones(3))
+
+
+def test_compilers_find_one_operator_and_its_gradient():
+    compiled = torch.compile(lambda x: scaled(x, 2.0) + count(x.detach()), backend="aot_eager", fullgraph=True)
+    x = torch.ones(3, requires_grad=True)
+    y = compiled(x)
+    assert y.tolist() == [5.0] * 3
+    assert torch.autograd.grad(y.sum(), x)[0].tolist() == [102.0] * 3
+
+
+def test_tensors_without_values_get_the_shapes_that_were_registered():
+    assert scaled(torch.ones(3, device="meta"), 2.0).shape == (3,)
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert scaled(mode.from_tensor(torch.ones(4)), 2.0).shape == (4,)
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.ones(3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(scaled(x, 2.0).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_gradient_that_was_not_registered_is_refused():
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError):
+        count(x).backward()
+
+
+def test_writes_to_an_argument_are_counted():
+    x = torch.ones(3)
+    version = x._version
+    increment(x)
+    assert x.tolist() == [2.0] * 3 and x._version > version
+
+
+def test_lists_of_tensors_are_looked_into():
+    tensors = [torch.arange(6).view(3, 2), torch.arange(3.0)]
+    with torch._subclasses.FakeTensorMode() as mode:
+        *fakes, index = (mode.from_tensor(tensor) for tensor in (*tensors, torch.tensor([2, 0])))
+    gathered = _gather_rows(fakes, index)
+    assert [tuple(tensor.shape) for tensor in gathered] == [(2, 2), (2,)]
+
+
+def test_kernels_run_with_the_gpu_of_their_tensors_as_the_current_one(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", entered.append)
+    dispatch.on(torch.device("cuda", 1))
+    dispatch.on(torch.device("cuda", 0))
+    dispatch.on(torch.device("cpu"))
+    assert entered == [torch.device("cuda", 1)]
+    devices = []
+    monkeypatch.setattr("kernels.registration.on", lambda device: devices.append(device) or dispatch.on(device))
+    scaled(torch.ones(3), 2.0)
+    torch.ops.ridgeline_tests.scaled(torch.ones(3), 2.0)
+    assert devices == [torch.device("cpu")] * 2
