@@ -106,7 +106,7 @@ def run_tests(files: list[str], sheet: Sheet, *, processes: int, seconds: float 
         def start(shard: str) -> None:
             done = Path(scratch) / shard.replace("/", "-")
             done.write_text("\n".join(test for test in shards[shard] if test in outcomes.of))
-            workers.start(shard, _pytest(files), {SHARD: shard, DONE: str(done)})
+            workers.start(shard, shard_command(files), {SHARD: shard, DONE: str(done)})
 
         for shard in shards:
             start(shard)
@@ -128,10 +128,11 @@ def run_tests(files: list[str], sheet: Sheet, *, processes: int, seconds: float 
     return outcomes
 
 
-def _pytest(files: list[str]) -> list[str]:
+def shard_command(files: list[str], python: str | None = None) -> list[str]:
+    """How a shard runs test files, by this interpreter or another one."""
     plugins = ["-p", "bench.gpu_tests", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
     quiet = ["-q", "--no-header", "--tb=short", "--continue-on-collection-errors"]
-    return [sys.executable, "-m", "pytest", *plugins, *quiet, f"--rootdir={TESTS.parent}", *files]
+    return [python or sys.executable, "-m", "pytest", *plugins, *quiet, f"--rootdir={TESTS.parent}", *files]
 
 
 def pytest_configure(config):
