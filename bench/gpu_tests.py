@@ -49,6 +49,7 @@ class Outcomes:
     def __init__(self):
         self.of: dict[str, str] = {}
         self.messages: dict[str, list[str]] = {}
+        self.reasons: collections.Counter[str] = collections.Counter()
         self.seconds: dict[str, float] = {}
         self.selected: set[str] = set()
 
@@ -63,6 +64,8 @@ class Outcomes:
             self.seconds[line["test"]] = line["seconds"]
             if line["outcome"] == "failed":
                 self.messages[line["test"]] = line["message"]
+            if line["outcome"] == "skipped":
+                self.reasons[line["message"][0]] += 1
 
     def crash(self, shard: set[str], how: str) -> None:
         """Name the tests of a dead worker that had started and did not end."""
@@ -71,7 +74,7 @@ class Outcomes:
                 self.of[test], self.messages[test] = "crashed", [how]
 
     def table(self) -> dict[str, Any]:
-        """Counts per file, the failures, and which tests took longest."""
+        """Counts per file, the failures, why tests were skipped, and which took longest."""
         files: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         for test in sorted(self.selected | set(self.of)):
             outcome = self.of.get(test, "unfinished")
@@ -84,6 +87,7 @@ class Outcomes:
             "failures": [
                 {"test": test, "outcome": self.of[test], "message": self.messages[test]} for test in bad[:_FAILURES]
             ],
+            "skipped": dict(self.reasons),
             "slowest": {test: round(self.seconds[test], 1) for test in slowest},
         }
 
@@ -163,7 +167,9 @@ def pytest_runtest_logreport(report):
     if SHARD not in os.environ or (report.when != "call" and report.passed):
         return
     text = report.longreprtext if report.failed else ""
-    note(test=report.nodeid, outcome=report.outcome, seconds=report.duration, message=_first_lines(text))
+    # of a skipped test: file, line, reason
+    message = [report.longrepr[2]] if report.skipped else _first_lines(text)
+    note(test=report.nodeid, outcome=report.outcome, seconds=report.duration, message=message)
     if _STICKY.search(text):
         pytest.exit("the CUDA context is lost", returncode=3)
 

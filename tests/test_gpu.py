@@ -225,6 +225,7 @@ def test_a_test_that_kills_its_process_is_named_and_the_others_run(tmp_path):
     gpu_tests.run_tests([str(planted), str(tmp_path / "test_broken.py")], sheet, seconds=100, processes=1)
     found = json.loads(sheet.path.read_text())
     assert found["counts"] == {"passed": 5, "failed": 2, "skipped": 1, "crashed": 1}
+    assert found["skipped"] == {"Skipped: no": 1}
     failures = {f["test"].partition("::")[2]: f for f in found["failures"]}
     assert failures["test_dies"]["outcome"] == "crashed" and "ended with 9" in failures["test_dies"]["message"][0]
     assert "a reason" in failures["test_fails"]["message"][0]
