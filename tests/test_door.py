@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("demo", "again", "s23dr", "test", "bench", "gpu", "doctor", "help")
 
-# answers every probe, names recipes as the program does, and on `-m venv` leaves a .venv whose python writes down its calls as well
+# answers every probe, names recipes as the program does, and on `-m venv` leaves a .venv whose python writes down its
+# calls as well
 WORKING = """#!/bin/bash
 echo "$(basename "$0") $*" | tr '\\n' ' ' | cut -c1-100 >>"$CALLS"
 while [[ -n ${WAIT:-} && "$*" == *"$WAIT"* && ! -e $CALLS.go ]]; do sleep 0.02; done
