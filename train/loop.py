@@ -56,7 +56,7 @@ def run(
         progress: show a bar, on a terminal.
         say: receives lines for people; None prints them above the bar.
     Returns:
-        False if the directory already held the complete run.
+        False if the directory already held the complete run, also where some of its states had to be made again.
     Raises:
         ValueError: a stage ahead has fewer rows than its batch takes, or its data cannot be had.
         RunRefused: the directory is in use, cannot be written, or holds something else or only a part of a result.
