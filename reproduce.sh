@@ -68,6 +68,12 @@ if not torch.cuda.is_available():
     sys.exit("its torch %s sees no CUDA device" % torch.__version__)
 '
 
+name_of_recipe='
+import sys
+from train.config import load_recipe
+print(load_recipe(sys.argv[1]).name)
+'
+
 # The stamp is written last and names what .venv was made from: no stamp, or another one, and it is made anew.
 is_made() {
     [[ -f .venv/reproduce.stamp && $(<.venv/reproduce.stamp) == "$1 "*"${REPRODUCE_PYTHON:-}" ]] &&
@@ -145,8 +151,10 @@ again)
         shift
     fi
     make_environment
-    name=$(last_of --name "$recipe" "$@") runs=$(last_of --runs runs "$@")
     .venv/bin/python -m train run --recipe "$recipe" "$@"
+    name=$(last_of --name "" "$@") runs=$(last_of --runs runs "$@")
+    # by itself a run has the name of its recipe, which of a file is the one in it, or that of the file
+    [[ -n $name ]] || name=$(.venv/bin/python -c "$name_of_recipe" "$(last_of --recipe "$recipe" "$@")")
     .venv/bin/python -m train run --recipe "$recipe" "$@" --name "$name-again"
     .venv/bin/python -m train compare "$runs/$name" "$runs/$name-again"
     ;;

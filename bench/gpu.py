@@ -1,9 +1,10 @@
 """python -m bench.gpu --out DIR [--only PART ...] [--seconds N]: all that a GPU is needed for, in nine minutes.
 
-Needs torch, triton, numpy and pytest, for the step and for training tqdm and scipy; no network. Every part is a
-process with a time bound of its own and writes what it finds as it finds it, DIR/parts/<part>.json (--parts names
-another folder), so that a part that fails or is cut loses nothing of it. All of that is gathered every few seconds into
-one file, DIR/<device>.json: the machine, all timed rows, the table of targets, and what was checked.
+Needs torch, triton, numpy and pytest, nothing else and no network; what cannot be had without another package, a score
+or a peer, says so in its place. Every part is a process with a time bound of its own and writes what it finds as it
+finds it, DIR/parts/<part>.json (--parts names another folder), so that a part that fails or is cut loses nothing of it.
+All of that is gathered every few seconds into one file, DIR/<device>.json: the machine, all timed rows, the table of
+targets, and what was checked.
 
 First what is checked and not timed, side by side: tests, bitwise repeats, two short trainings; meanwhile the other
 parts compile and check what they will time. Then these get the machine one after the other, each for itself.

@@ -49,6 +49,7 @@ class Outcomes:
     def __init__(self):
         self.of: dict[str, str] = {}
         self.messages: dict[str, list[str]] = {}
+        self.reasons: collections.Counter[str] = collections.Counter()
         self.seconds: dict[str, float] = {}
         self.selected: set[str] = set()
 
@@ -63,6 +64,8 @@ class Outcomes:
             self.seconds[line["test"]] = line["seconds"]
             if line["outcome"] == "failed":
                 self.messages[line["test"]] = line["message"]
+            if line["outcome"] == "skipped":
+                self.reasons[line["message"][0]] += 1
 
     def crash(self, shard: set[str], how: str) -> None:
         """Name the tests of a dead worker that had started and did not end."""
@@ -71,7 +74,7 @@ class Outcomes:
                 self.of[test], self.messages[test] = "crashed", [how]
 
     def table(self) -> dict[str, Any]:
-        """Counts per file, the failures, and which tests took longest."""
+        """Counts per file, the failures, why tests were skipped, and which took longest."""
         files: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         for test in sorted(self.selected | set(self.of)):
             outcome = self.of.get(test, "unfinished")
@@ -84,6 +87,7 @@ class Outcomes:
             "failures": [
                 {"test": test, "outcome": self.of[test], "message": self.messages[test]} for test in bad[:_FAILURES]
             ],
+            "skipped": dict(self.reasons),
             "slowest": {test: round(self.seconds[test], 1) for test in slowest},
         }
 
@@ -106,7 +110,7 @@ def run_tests(files: list[str], sheet: Sheet, *, processes: int, seconds: float 
         def start(shard: str) -> None:
             done = Path(scratch) / shard.replace("/", "-")
             done.write_text("\n".join(test for test in shards[shard] if test in outcomes.of))
-            workers.start(shard, _pytest(files), {SHARD: shard, DONE: str(done)})
+            workers.start(shard, shard_command(files), {SHARD: shard, DONE: str(done)})
 
         for shard in shards:
             start(shard)
@@ -128,10 +132,11 @@ def run_tests(files: list[str], sheet: Sheet, *, processes: int, seconds: float 
     return outcomes
 
 
-def _pytest(files: list[str]) -> list[str]:
+def shard_command(files: list[str], python: str | None = None) -> list[str]:
+    """How a shard runs test files, by this interpreter or another one."""
     plugins = ["-p", "bench.gpu_tests", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
     quiet = ["-q", "--no-header", "--tb=short", "--continue-on-collection-errors"]
-    return [sys.executable, "-m", "pytest", *plugins, *quiet, f"--rootdir={TESTS.parent}", *files]
+    return [python or sys.executable, "-m", "pytest", *plugins, *quiet, f"--rootdir={TESTS.parent}", *files]
 
 
 def pytest_configure(config):
@@ -162,7 +167,9 @@ def pytest_runtest_logreport(report):
     if SHARD not in os.environ or (report.when != "call" and report.passed):
         return
     text = report.longreprtext if report.failed else ""
-    note(test=report.nodeid, outcome=report.outcome, seconds=report.duration, message=_first_lines(text))
+    # of a skipped test: file, line, reason
+    message = [report.longrepr[2]] if report.skipped else _first_lines(text)
+    note(test=report.nodeid, outcome=report.outcome, seconds=report.duration, message=message)
     if _STICKY.search(text):
         pytest.exit("the CUDA context is lost", returncode=3)
 

@@ -1,6 +1,6 @@
 """Two short runs of the published recipe on generated roofs, in two processes side by side: the same bits.
 
-All three stages are there, of a few hundred updates each, with the score of each where its package is installed.
+All three stages are there, of a few hundred updates each, with the score of each, or why it was not computed.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from train.determinism import CUBLAS_WORKSPACE
 COMPARED = ("trace.jsonl", "metrics.jsonl")
 
 
-def short_recipe(steps: int, scenes: int, recipe: Recipe | None = None, *, score: bool = False) -> Recipe:
-    """The published recipe with `steps` updates a stage and as many generated scenes as it is given."""
+def short_recipe(steps: int, scenes: int, recipe: Recipe | None = None) -> Recipe:
+    """The published recipe with `steps` updates a stage and as many generated scenes as it is given; not scored."""
     recipe = recipe or load_recipe("s23dr")
     stages = tuple(
         dataclasses.replace(
@@ -35,11 +35,32 @@ def short_recipe(steps: int, scenes: int, recipe: Recipe | None = None, *, score
         )
         for number, (stage, points) in enumerate(zip(recipe.stages, (2048, 4096, 4096), strict=True))
     )
-    evaluation = dataclasses.replace(recipe.evaluate, every=0, score=score)
+    evaluation = dataclasses.replace(recipe.evaluate, every=0, score=False)
     often = min(50, steps)
     return dataclasses.replace(
         recipe, name="short", stages=stages, evaluate=evaluation, log_every=often, trace_every=often
     )
+
+
+def train_once(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
+    """Train a recipe, with scores where they can be computed; return `summarize`'s answer, with the reason if not."""
+    from train.loop import run
+
+    unscored = _why_unscored()
+    recipe = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, score=unscored is None))
+    run(recipe, run_dir, progress=False, say=print)
+    found = summarize(run_dir)
+    if unscored:
+        found["dev_scores"]["not_computed"] = unscored
+    return found
+
+
+def _why_unscored() -> str | None:
+    try:
+        require_scorer()
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def summarize(run_dir: Path) -> dict[str, Any]:
@@ -66,14 +87,6 @@ def compare(found: list[dict[str, Any]]) -> bool | None:
     return all(run["files"] == found[0]["files"] and run["weights"] == found[0]["weights"] for run in found)
 
 
-def _can_score() -> bool:
-    try:
-        require_scorer()
-    except ImportError:
-        return False
-    return True
-
-
 def main() -> int:
     """Run the part; exit code 0 only if both runs came to their end with the same bits."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_train")
@@ -84,12 +97,8 @@ def main() -> int:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        from train.loop import run
-
         end_with_parent()
-        recipe = short_recipe(options.steps, options.scenes, score=_can_score())
-        run(recipe, options.worker, progress=False, say=print)
-        note(**summarize(Path(options.worker)))
+        note(**train_once(short_recipe(options.steps, options.scenes), Path(options.worker)))
         return 0
     end_on_sigterm()
     end_with_parent()
@@ -107,7 +116,9 @@ def main() -> int:
             elif heard.code != 0:
                 content["errors"].append({"run": name, "code": heard.code, "tail": heard.tail[-1500:]})
             sheet.write()
-    print(f"{len(content['runs'])} runs, same bits: {content['same_bits']}")
+    unscored = {reason for found in content["runs"] if (reason := found["dev_scores"].get("not_computed"))}
+    scores = "".join(f"; scores not computed: {reason}" for reason in unscored)
+    print(f"{len(content['runs'])} runs, same bits: {content['same_bits']}{scores}")
     return int(len(content["runs"]) < 2 or not content["same_bits"])
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import installed_version
+from train.determinism import triton_version
 
 RESULTS = Path(__file__).parent / "results"
 Case = dict[str, Any]
@@ -39,7 +39,7 @@ def installed_versions() -> dict[str, Any]:
         "cpu": _processor(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "triton": installed_version("triton"),
+        "triton": triton_version(),
         "python": platform.python_version(),
     }
     if commit := _first_line("git", "rev-parse", "HEAD"):

@@ -37,6 +37,15 @@ def test_a_checkpoint_comes_back_exactly(tmp_path):
     assert (loaded.recipe, loaded.machine) == ({"name": "x"}, {"impl": "eager"})
 
 
+def test_a_state_has_the_same_bytes_whether_it_was_computed_or_loaded(tmp_path):
+    states = {n: {"step": torch.tensor(1.0), "exp_avg": torch.ones(3) * n} for n in range(2)}
+    groups = [{"betas": (0.9, 0.95), "params": [n]} for n in range(2)]
+    computed = dataclasses.replace(checkpoint(3), optimizer={"state": states, "param_groups": groups})
+    save_checkpoint(tmp_path / "computed.pt", computed)
+    save_checkpoint(tmp_path / "loaded.pt", load_checkpoint(tmp_path / "computed.pt"))
+    assert (tmp_path / "loaded.pt").read_bytes() == (tmp_path / "computed.pt").read_bytes()
+
+
 def test_the_previous_checkpoint_is_kept(tmp_path):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path / "c.pt", checkpoint(step))

@@ -3,21 +3,27 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 
+from train.certificate import describe_environment
 from train.determinism import (
     FORBIDDEN_VARIABLES,
+    FP_FUSION,
     EnvironmentRefused,
     _fix_cublas_workspace,
     check_state,
     enter,
     fingerprint,
+    refused_variables,
     triton_version,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_state_is_entered():
@@ -140,9 +146,45 @@ def test_the_version_of_triton_is_that_of_the_module_under_whatever_name_it_was_
 
 @pytest.mark.parametrize("variable", FORBIDDEN_VARIABLES)
 def test_a_variable_that_changes_the_arithmetic_is_refused_with_the_cure(variable, monkeypatch):
-    monkeypatch.setenv(variable, "1")
-    with pytest.raises(EnvironmentRefused, match=f"{variable} must not be set, it is '1'.*: unset {variable}"):
+    monkeypatch.setenv(variable, "0")
+    assert refused_variables() == [variable]
+    with pytest.raises(EnvironmentRefused, match=f"{variable} must not be set, it is '0'.*: unset {variable}"):
         enter(threads=1, precision="fp32", impl="eager", device="cpu")
+
+
+def test_only_what_triton_does_by_itself_may_be_said_of_fused_products_and_is_recorded(monkeypatch):
+    for value in ("true", "", "2"):
+        monkeypatch.setenv(FP_FUSION, value)
+        assert refused_variables() == [FP_FUSION]
+    monkeypatch.setenv(FP_FUSION, "1")
+    machine = enter(threads=1, precision="fp32", impl="eager", device="cpu")
+    assert describe_environment(machine)["fp_fusion"] == "1"
+    monkeypatch.delenv(FP_FUSION)
+    assert describe_environment(machine)["fp_fusion"] is None
+
+
+COMPILED = """
+import json
+from bench.offline import gpu, prepare_environment
+prepare_environment()
+import torch
+from bench.static_cases import _sinkhorn
+from train.certificate import loaded_cubins
+with gpu(90):
+    _sinkhorn(1, 16, 16, torch.float32, slack="full", dustbin=True)
+print(json.dumps({name: sorted(cubins) for name, cubins in loaded_cubins(90).items()}))
+"""
+
+
+def test_what_may_be_said_of_fused_products_changes_no_machine_code_and_the_opposite_does(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", FP_FUSION)}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    answers = []
+    for setting in ({}, {FP_FUSION: "1"}, {FP_FUSION: "0"}):
+        command = [sys.executable, "-c", COMPILED]
+        answers.append(subprocess.check_output(command, cwd=ROOT, env=environment | setting, text=True))
+    assert "_sinkhorn" in answers[0]
+    assert answers[0] == answers[1] != answers[2]
 
 
 def test_a_thread_count_that_does_not_take_is_refused(monkeypatch):

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("demo", "again", "s23dr", "test", "bench", "gpu", "doctor", "help")
 
-# answers every probe, and on `-m venv` leaves a .venv whose python writes down its calls as well
+# answers every probe, names recipes as the program does, and on `-m venv` leaves a .venv whose python writes down its
+# calls as well
 WORKING = """#!/bin/bash
 echo "$(basename "$0") $*" | tr '\\n' ' ' | cut -c1-100 >>"$CALLS"
 while [[ -n ${WAIT:-} && "$*" == *"$WAIT"* && ! -e $CALLS.go ]]; do sleep 0.02; done
 if [[ "$*" == *"-m $BREAK"* ]]; then exit 3; fi
+if [[ "$*" == *load_recipe* ]]; then PYTHONPATH=$ROOT exec "$PYTHON" "$@"; fi
 if [[ "$1 $2" == "-m venv" ]]; then rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; fi
 """
 SHIM = "#!/bin/sh\necho 'shim: no interpreter behind this name' >&2\nexit 127\n"
@@ -29,6 +32,7 @@ class Door:
         self.bin.mkdir()
         for name in ("reproduce.sh", "constraints.txt", "setup.py"):
             shutil.copy(ROOT / name, self.home / name)
+        shutil.copytree(ROOT / "configs", self.home / "configs")
         for name in ("python3.12", "python3.11", "python3"):
             self.install(name, SHIM)
 
@@ -46,6 +50,8 @@ class Door:
             "PATH": f"{self.bin}:/usr/bin:/bin",
             "CALLS": str(self.calls_file),
             "BREAK": "nothing",
+            "PYTHON": sys.executable,
+            "ROOT": str(ROOT),
         } | environment
         door = ["bash", str(self.home / "reproduce.sh"), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -253,6 +259,22 @@ def test_an_install_that_fails_leaves_no_stamp_and_is_tried_again(door):
             ],
         ),
         (
+            ["again", "configs/tiny.json"],
+            [
+                "-m train run --recipe configs/tiny.json",
+                "-m train run --recipe configs/tiny.json --name tiny-again",
+                "-m train compare runs/tiny runs/tiny-again",
+            ],
+        ),
+        (
+            ["again", "--recipe", "tiny"],
+            [
+                "-m train run --recipe demo --recipe tiny",
+                "-m train run --recipe demo --recipe tiny --name tiny-again",
+                "-m train compare runs/tiny runs/tiny-again",
+            ],
+        ),
+        (
             ["again", "--seed", "4"],
             [
                 "-m train run --recipe demo --seed 4",
@@ -276,6 +298,14 @@ def test_each_command_runs_what_it_says(door, arguments, expected):
     door.install("python3", WORKING)
     assert door(*arguments).returncode == 0
     assert door.calls()[2:] == [f"python {call}" for call in expected]
+
+
+def test_a_recipe_in_a_file_that_names_itself_is_compared_under_its_name(door):
+    door.install("python3", WORKING)
+    own = door.home / "of my own.json"
+    own.write_text((ROOT / "configs" / "tiny.json").read_text().replace("{", '{"name": "other",', 1))
+    assert door("again", own.name).returncode == 0
+    assert door.calls()[-1] == "python -m train compare runs/other runs/other-again"
 
 
 def test_the_gpu_is_measured_with_the_python_that_sees_it_and_nothing_is_made(door):

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_gathered, gpu_process, gpu_repeats, gpu_speed, gpu_step, gpu_targets, gpu_tests, results
+from bench import (
+    gpu,
+    gpu_gathered,
+    gpu_process,
+    gpu_repeats,
+    gpu_speed,
+    gpu_step,
+    gpu_targets,
+    gpu_tests,
+    gpu_train,
+    results,
+)
 from bench.gpu_process import Sheet
 
 ROOT = Path(gpu.__file__).parent.parent
@@ -225,6 +236,7 @@ def test_a_test_that_kills_its_process_is_named_and_the_others_run(tmp_path):
     gpu_tests.run_tests([str(planted), str(tmp_path / "test_broken.py")], sheet, seconds=100, processes=1)
     found = json.loads(sheet.path.read_text())
     assert found["counts"] == {"passed": 5, "failed": 2, "skipped": 1, "crashed": 1}
+    assert found["skipped"] == {"Skipped: no": 1}
     failures = {f["test"].partition("::")[2]: f for f in found["failures"]}
     assert failures["test_dies"]["outcome"] == "crashed" and "ended with 9" in failures["test_dies"]["message"][0]
     assert "a reason" in failures["test_fails"]["message"][0]
@@ -271,6 +283,16 @@ def answer_as_workers(monkeypatch, folder: Path, answers: str) -> None:
     python.write_text(f'#!/bin/sh\ntell() {{ echo "$1" >>"${gpu_process.LINES}"; }}\n{answers}\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
+
+
+def test_a_training_without_scores_says_why(tmp_path, monkeypatch, capsys):
+    scores = '"dev_scores": {"scenes": 2, "hss": [], "not_computed": "no scorer"}'
+    answer_as_workers(monkeypatch, tmp_path, f'tell \'{{"files": {{}}, "weights": [], {scores}}}\'')
+    monkeypatch.setattr(sys, "argv", ["gpu_train", "--out", str(tmp_path / "train.json")])
+    for name in ("end_on_sigterm", "end_with_parent"):
+        monkeypatch.setattr(gpu_train, name, lambda: None)
+    assert gpu_train.main() == 0
+    assert capsys.readouterr().out == "2 runs, same bits: True; scores not computed: no scorer\n"
 
 
 def test_each_way_to_a_step_is_a_process_and_what_others_found_stays(tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-import torch
 
+from bench.measure import refused_waits
 from perceiver import products
 from perceiver.model import Perceiver
 from tests.small_models import SMALL, stirred
@@ -70,17 +70,12 @@ def test_a_graph_changes_no_bit(recipe, machine, device):
 
 
 @pytest.mark.gpu
-# said once by the mode that the test needs
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_a_new_epoch_does_not_wait_for_the_device(recipe, device):
     batches = StageBatches(recipe, 1, stage_data(recipe, 1), device)
     orders = [batches.index(step).tolist() for step in range(1, UPDATES + 1)]
     batches = StageBatches(recipe, 1, stage_data(recipe, 1), device)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with refused_waits():
         found = [batches.index(step) for step in range(1, UPDATES + 1)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert [index_B.tolist() for index_B in found] == orders
 
 

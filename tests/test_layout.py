@@ -117,6 +117,12 @@ def test_compilation_is_left_to_benchmarks_and_tests():
     assert not wrong, "\n".join(wrong)
 
 
+def test_one_place_refuses_waits_for_the_gpu():
+    pattern = r"torch\.cuda\.set_sync_debug_mode"
+    found = [place for room in IMPORTABLE for path in sources(room) for place in code_mentions(path, pattern)]
+    assert {place.partition(":")[0] for place in found} == {"bench/measure.py"}
+
+
 def test_no_error_is_swallowed():
     wrong = [
         at(path, node.lineno)

@@ -45,6 +45,16 @@ def test_bytes_are_those_of_all_tensors():
     assert measure.tensor_bytes([torch.zeros(3, 5), torch.zeros(2, dtype=torch.bfloat16)]) == 64
 
 
+def test_waits_are_refused_inside_only_also_where_that_raised(monkeypatch):
+    modes = ["warn"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with pytest.raises(RuntimeError, match="a wait"), measure.refused_waits():
+        assert modes[-1] == "error"
+        raise RuntimeError("a wait")
+    assert modes == ["warn", "error", "warn"]
+
+
 @pytest.mark.gpu
 def test_a_graph_replays_what_was_recorded(device):
     x = torch.ones(4, device=device)

@@ -1,8 +1,10 @@
 """Result files: new cases take the place of old ones, suite by suite, and the machine is named beside them."""
 
+import importlib.metadata
 import json
 
 import pytest
+import triton
 
 from bench.results import installed_versions, measured, merge, read_lines, read_results, write_results
 
@@ -19,6 +21,14 @@ def test_suites_that_were_not_run_keep_their_cases_and_what_measured_them():
     assert [(c["suite"], c["name"]) for c in second["cases"]] == [("sinkhorn", "b"), ("step", "c")]
     assert {suite: at["commit"] for suite, at in second["suites"].items()} == {"sinkhorn": "abc", "step": "def"}
     assert second["machine"] == {"cpu": "some CPU", "cores": 2}
+
+
+def test_the_release_of_triton_is_known_under_whatever_name_it_was_installed(monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert installed_versions()["triton"] == triton.__version__
 
 
 def test_of_a_suite_that_ran_in_part_the_other_cases_are_kept():

@@ -3,7 +3,8 @@
 A checkpoint is written to `<name>.new`, flushed to the disk, and renamed; the one before it is kept as
 `<name>.previous`. The file ends with the SHA-256 of its other bytes, as the comment of the zip archive that
 `torch.save` writes: no crash can part the two. A damaged or half-written file is recognised by it and the previous one
-is used. There is no random state to save: all randomness is a function of the step.
+is used. There is no random state to save: all randomness is a function of the step. Equal states give equal bytes,
+whether they were computed or loaded.
 
 Files of before 2026-11-27 have their digest beside them, as `<name>.sha256`, and are read as well.
 """
@@ -14,6 +15,7 @@ import io
 import os
 import pickle
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +69,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         OSError: the disk refused; the checkpoint that was there is untouched.
     """
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **checkpoint.__dict__}, buffer)
+    plain = {name: _interned(value) for name, value in checkpoint.__dict__.items() if name != "model"}
+    torch.save({"format": FORMAT, "step": checkpoint.step, "model": checkpoint.model, **plain}, buffer)
     temporary, previous = path.with_name(path.name + ".new"), path.with_name(path.name + ".previous")
     if not path.exists() and _is_usable(temporary):
         # a crash came between the renames below: this is the newest state there is
@@ -164,6 +167,20 @@ def _replace(path: Path, data: bytes) -> None:
     except OSError as error:
         path.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _interned(value: Any) -> Any:
+    """A copy in which equal strings are one object, and containers are not shared.
+
+    Pickle writes an object once and refers to it after, so its bytes would tell a constant from a string that was read.
+    """
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, Mapping):
+        return {_interned(name): _interned(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_interned, value))
+    return value
 
 
 def _rename(path: Path, to: Path) -> None:

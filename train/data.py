@@ -234,6 +234,7 @@ def coverage(scenes: Sequence[Scene], radius_m: float = 0.5) -> tuple[float, flo
         (vertex share, edge share) in [0, 1].
     Raises:
         ValueError: there are no scenes, or a scene has no ground truth.
+        ImportError: the package scipy is not installed.
     """
     from scipy.spatial import KDTree
 
@@ -254,8 +255,11 @@ def coverage(scenes: Sequence[Scene], radius_m: float = 0.5) -> tuple[float, flo
 
 
 def describe_coverage(uri: str | SourceUri, scenes: Sequence[Scene]) -> str:
-    """One line with the coverage of a source's scenes."""
-    vertex_share, edge_share = coverage(scenes)
+    """One line with the coverage of a source's scenes, or why it is not known."""
+    try:
+        vertex_share, edge_share = coverage(scenes)
+    except ImportError as error:
+        return f"{uri}: how much of the truth lies within 0.5 m of a point was not computed: {error}"
     return (
         f"{uri}: {vertex_share:.1%} of the true vertices and {edge_share:.1%} of the true edges of {len(scenes):,} "
         f"scenes lie within 0.5 m of a point"

@@ -17,6 +17,8 @@ from train.memory import keep_freed_memory
 
 CUBLAS_WORKSPACE = ":4096:8"
 PRECISIONS = ("fp32", "tf32", "bf16")
+# whether ptxas and LLVM make one operation of a product and a sum
+FP_FUSION = "TRITON_DEFAULT_FP_FUSION"
 # variables that make libraries choose or compile other code than by themselves, unseen by the fingerprint
 FORBIDDEN_VARIABLES = (
     "MKL_CBWR",
@@ -30,13 +32,17 @@ FORBIDDEN_VARIABLES = (
     "TORCH_BLAS_PREFER_CUBLASLT",
     "PYTORCH_TUNABLEOP_ENABLED",
     "TRITON_F32_DEFAULT",
-    "TRITON_DEFAULT_FP_FUSION",
+    FP_FUSION,
+    "TRITON_FORCE_DISABLE_FP_FUSION",
     "TRITON_KERNEL_OVERRIDE",
     "TRITON_OVERRIDE_ARCH",
     "DISABLE_LLVM_OPT",
     "DISABLE_PTXAS_OPT",
     "PTXAS_OPTIONS",
 )
+# values that such a variable may have: what happens without it. Triton 3.9 advises to set this one, since 3.10 will do
+# the opposite by itself; up to 3.9 nothing else reads it but the key under which compiled kernels are kept
+HARMLESS_VALUES = {FP_FUSION: "1"}
 
 
 class EnvironmentRefused(RuntimeError):
@@ -101,12 +107,11 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
     if impl == "auto" and not modern:
         impl = "eager"
     impl = resolve(impl, place)
-    for variable in FORBIDDEN_VARIABLES:
-        if variable in os.environ:
-            raise EnvironmentRefused(
-                f"{variable} must not be set, it is {os.environ[variable]!r} and changes how results are computed: "
-                f"unset {variable} and start again"
-            )
+    for variable in refused_variables():
+        raise EnvironmentRefused(
+            f"{variable} must not be set, it is {os.environ[variable]!r} and changes how results are computed: "
+            f"unset {variable} and start again"
+        )
     if place.type == "cuda" and impl == "triton" and os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise EnvironmentRefused("TRITON_INTERPRET must not be set on a GPU: unset TRITON_INTERPRET and start again")
     if impl == "triton":
@@ -118,6 +123,11 @@ def enter(*, threads: int, precision: str, impl: str, device: str | None = None)
     _set_state(machine)
     check_state(machine)
     return machine
+
+
+def refused_variables() -> list[str]:
+    """Name the variables that are set here and make libraries choose or compile other code."""
+    return [name for name in FORBIDDEN_VARIABLES if os.environ.get(name) not in (None, HARMLESS_VALUES.get(name))]
 
 
 def check_state(machine: Machine) -> None:

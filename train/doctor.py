@@ -177,12 +177,11 @@ def _flags(torch: Any) -> Iterator[Finding]:
         yield Finding(topic="Flags at start", name=name, value="on" if value else "off")
     for variable in ("CUBLAS_WORKSPACE_CONFIG", "TRITON_INTERPRET"):
         yield Finding(topic="Flags at start", name=variable, value=os.environ.get(variable, "unset"))
-    from train.determinism import FORBIDDEN_VARIABLES
+    from train.determinism import refused_variables
 
-    for variable in FORBIDDEN_VARIABLES:
-        if variable in os.environ:
-            value = f"{os.environ[variable]}: changes how results are computed; cure: unset {variable}"
-            yield Finding(topic="Flags at start", name=variable, value=value, level="error")
+    for variable in refused_variables():
+        value = f"{os.environ[variable]}: changes how results are computed; cure: unset {variable}"
+        yield Finding(topic="Flags at start", name=variable, value=value, level="error")
 
 
 def _libraries() -> Iterator[Finding]:

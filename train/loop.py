@@ -26,10 +26,11 @@ from train.graph import StageUpdates
 from train.optim import build_optimizer, learning_rate, load_optimizer_state
 from train.progress import print_above_the_bar, progress_bar
 from train.pulse import require_finite, require_matching, require_temperature, temperature
+from train.replay import CannotCheck, state_again
 from train.rundir import RunDirectory, RunRefused
 from train.signals import RunStopped, signals_noted
 from train.speed import StepClock
-from train.starting_point import StartPoint, load_state
+from train.starting_point import StartPoint, load_state, stage_states
 from train.step import StepResult, mean_loss
 from train.trace import CHECKED_STEPS, Trace, state_tensors
 
@@ -55,7 +56,7 @@ def run(
         progress: show a bar, on a terminal.
         say: receives lines for people; None prints them above the bar.
     Returns:
-        False if the directory already held the complete run.
+        False if the directory already held the complete run, also where some of its states had to be made again.
     Raises:
         ValueError: a stage ahead has fewer rows than its batch takes, or its data cannot be had.
         RunRefused: the directory is in use, cannot be written, or holds something else or only a part of a result.
@@ -154,12 +155,20 @@ class _Trainer:
         self.directory.cut_logs(self.step)
 
     def require_results(self) -> None:
-        """Give a finished run the state of its end back, where it is gone, and refuse one that lacks a result."""
-        end = self.directory.stage_checkpoint(len(self.recipe.stages))
-        if not end.is_file():
-            self._save(end)
-            self.say(f"{end} was gone: written again from {self.directory.checkpoint.name}")
+        """Make a finished run's lost states again, where that takes few updates, and refuse one that lacks a file."""
+        lost: dict[str, str] = {}
+        for path, step in stage_states(self.directory, self.recipe).items():
+            if path.is_file():
+                continue
+            try:
+                past, origin = state_again(self.directory.path, step, most=CHECKED_STEPS, progress=self.progress)
+            except CannotCheck as reason:
+                lost[path.name] = str(reason)
+            else:
+                save_checkpoint(path, self._checkpoint(past.step, past.model, past.optimizer))
+                self.say(f"{path} was gone: made again from {origin}")
         self.directory.require_results(scored=self.recipe.evaluate.score)
+        self.directory.require_states(lost)
 
     def note_process(self) -> None:
         """Log where and with which sources this process computes: what a comparison of runs wants to know."""
@@ -368,15 +377,15 @@ class _Trainer:
         self.trace.flush()
         self._note_kernels()
         self.directory.flush_logs()
-        save_checkpoint(
-            path,
-            Checkpoint(
-                step=self.step,
-                model=self.model.state_dict(),
-                optimizer=self.optimizer.state_dict(),
-                recipe=recipe_to_dict(self.recipe),
-                machine=self.machine.record(),
-            ),
+        save_checkpoint(path, self._checkpoint(self.step, self.model, self.optimizer))
+
+    def _checkpoint(self, step: int, model: Perceiver, optimizer: torch.optim.Optimizer) -> Checkpoint:
+        return Checkpoint(
+            step=step,
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            recipe=recipe_to_dict(self.recipe),
+            machine=self.machine.record(),
         )
 
     def _bar(self, number: int, stage: StageConfig, first: int):

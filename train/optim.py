@@ -145,8 +145,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Take the moments of a saved state; weight decays, betas and where the learning rate lives stay as they are."""
+    """Take the moments and the learning rate of a saved state; where that lives, weight decays and betas stay."""
     optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+    set_learning_rate(optimizer, float(state["param_groups"][0]["lr"]))
 
 
 def clip_gradients(model: Perceiver, limit: float) -> torch.Tensor:

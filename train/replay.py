@@ -1,7 +1,8 @@
 """Was it computed so? Updates are made again and compared with what a run says of them.
 
 `replay` checks updates of a run directory against its trace. The answer is yes, no with the first difference, or that
-it cannot be checked here and why. `recompute_update` keeps every tensor of one update.
+it cannot be checked here and why. `recompute_update` keeps every tensor of one update, `state_again` the state after
+an update.
 """
 
 import re
@@ -143,6 +144,34 @@ def recompute_update(
     return Recomputed(
         tensors={**seen, "before": before, "after": copies(past.state())}, origin=name, notes=tuple(notes)
     )
+
+
+def state_again(run_dir: str | Path, step: int, *, most: int, progress: bool = False) -> tuple["Past", str]:
+    """Make the state of a run after update `step` again, from the nearest state that is there.
+
+    Args:
+        most: updates that this may take.
+        progress: show a bar, on a terminal.
+    Returns:
+        The model and the optimizer, and what they were made from.
+    Raises:
+        CannotCheck: no state is near enough, the rows are not there, or the updates are not what the trace says.
+    """
+    path = Path(run_dir)
+    recipe, trace = _read_run(path)
+    name, checkpoint, machine = _nearest_state(path, recipe, trace, step, None)
+    begun = checkpoint.step if checkpoint else 0
+    if step - begun > most:
+        raise CannotCheck(f"the nearest state, {name}, is {step - begun:,} updates before it")
+    by_step = {line["step"]: line for line in trace if line["kind"] == "step"}
+    past = Past(recipe, machine, _rows_of_run(path), progress=progress)
+    try:
+        past.begin(checkpoint, trace)
+        for line in past.updates(step):
+            check_line(line, by_step.get(line["step"], {}), past, trace)
+    except Differs as difference:
+        raise CannotCheck(str(difference)) from difference
+    return past, f"{name}, step {begun:,}"
 
 
 def initial_weights(run_dir: str | Path) -> dict[str, torch.Tensor]:

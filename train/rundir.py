@@ -100,6 +100,23 @@ class RunDirectory:
             if not (self.path / name).is_file():
                 raise RunRefused(f"{self.path / name} is gone from a finished run: put it back, or {cure}")
 
+    def require_states(self, lost: Mapping[str, str]) -> None:
+        """Check that a finished run has the states of its stages.
+
+        Args:
+            lost: names of files that are gone, and why each could not be made again.
+        Raises:
+            RunRefused: there are some; says what can be done without them.
+        """
+        if lost:
+            are, them = ("are", "them") if len(lost) > 1 else ("is", "it")
+            reasons = "; ".join(f"{name} could not be made again: {reason}" for name, reason in lost.items())
+            raise RunRefused(
+                f"{', '.join(lost)} of the finished run {self.path} {are} gone, and what {them} would show of the "
+                f"ends of its stages: put {them} back, or train the run anew under another --name. All else is there, "
+                f"to be scored, compared and verified. {reasons}"
+            )
+
     def kept_states(self) -> list[Path]:
         """See `kept_states`."""
         return kept_states(self.path)

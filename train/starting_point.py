@@ -131,6 +131,16 @@ def load_state(directory: RunDirectory, recipe: Recipe) -> tuple[Checkpoint, str
     return None
 
 
+def stage_states(directory: RunDirectory, recipe: Recipe) -> dict[Path, int]:
+    """The files of the states that a finished run keeps of its stages, in the order of their steps, and these."""
+    begun = next((line["stage"] for line in directory.read("trace") if line["kind"] == "start"), 1)
+    steps = {}
+    for number in range(begun, len(recipe.stages) + 1):
+        steps[directory.stage_tail(number)] = tail_of(recipe, number)
+        steps[directory.stage_checkpoint(number)] = recipe.stages[number - 1].until
+    return steps
+
+
 def _kept_before_the_end(directory: RunDirectory, recipe: Recipe) -> list[Path]:
     """The files of states after the start and before the end of a run, newest first.
 

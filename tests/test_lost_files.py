@@ -1,0 +1,72 @@
+"""A finished run that lost a file: what is made again, and what is said where that cannot be."""
+
+import shutil
+
+import pytest
+
+import train.loop
+from tests.tiny_runs import tiny_recipe, train_quietly
+from train.loop import run
+from train.rundir import RunRefused
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that keeps states within its stages, too."""
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    train_quietly(tiny_recipe(keep_every=7), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("lost", "origins"),
+    [
+        ("stage3.pt", ["checkpoint.pt, step 20"]),
+        ("stage1_tail.pt", ["the initial weights, step 0"]),
+        ("stage1.pt stage2_tail.pt", ["step000007.pt, step 7", "stage1.pt, step 8"]),
+        ("stage2.pt stage3_tail.pt", ["stage1.pt, step 8", "stage2.pt, step 12"]),
+    ],
+)
+def test_a_finished_run_gets_states_back_that_are_gone_with_every_byte(finished, tmp_path, monkeypatch, lost, origins):
+    monkeypatch.setattr(train.loop, "CHECKED_STEPS", 5)
+    path, lines = tmp_path / "run", []
+    shutil.copytree(finished, path)
+    for name in lost.split():
+        (path / name).unlink()
+    assert not run(tiny_recipe(keep_every=7), path, device="cpu", progress=False, say=lines.append)
+    assert lines == [
+        f"{path / name} was gone: made again from {origin}" for name, origin in zip(lost.split(), origins, strict=True)
+    ]
+    for name in lost.split():
+        assert (path / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_finished_run_without_a_state_that_is_too_far_to_make_again_is_refused(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.loop, "CHECKED_STEPS", 5)
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    for name in ("stage1.pt", "stage2_tail.pt", "step000007.pt"):
+        (path / name).unlink()
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(RunRefused, match=r"^stage1\.pt, stage2_tail\.pt of .* are gone, .*: put them back") as refusal:
+        train_quietly(tiny_recipe(keep_every=7), path)
+    said = "stage1.pt could not be made again: the nearest state, stage1_tail.pt, is 8 updates before it"
+    assert said in str(refusal.value)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_a_finished_run_is_refused_without_a_result(finished, tmp_path):
+    recipe, path = tiny_recipe(keep_every=7), tmp_path / "run"
+    shutil.copytree(finished, path)
+    (path / "certificate.json").unlink()
+    with pytest.raises(
+        RunRefused, match=r"certificate\.json is gone from a finished run: .* remove checkpoint\.pt and"
+    ):
+        train_quietly(recipe, path)
+    for name in ("checkpoint.pt", "checkpoint.pt.previous"):
+        (path / name).unlink()
+    assert train_quietly(recipe, path)
+    assert (path / "certificate.json").read_bytes() == (finished / "certificate.json").read_bytes()
+    (path / "trace.jsonl").unlink()
+    with pytest.raises(RunRefused, match=r"trace\.jsonl is gone from a finished run: .* under another --name"):
+        train_quietly(recipe, path)
