@@ -36,7 +36,7 @@ class Operator:
     """
 
     def __init__(self, name: str, function: Callable, mutates_args: Iterable[str] = ()):
-        self._function = _beside_its_tensors(function)
+        self._name, self._function = name, _beside_its_tensors(function)
         self._registered = torch.library.custom_op(name, self._function, mutates_args=mutates_args)
         # PyTorch counts the writes to a tensor where it registered them
         self._direct = not tuple(mutates_args)
@@ -58,7 +58,7 @@ class Operator:
             return output
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
-        self._apply = type(self.__name__, (torch.autograd.Function,), members).apply
+        self._apply = type(self._name, (torch.autograd.Function,), members).apply
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         # a compiler that traces this call comes here first, and reads no further
@@ -75,7 +75,7 @@ def _observed(tensors: list[torch.Tensor]) -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled
         or any(type(tensor) not in PLAIN or tensor.is_meta for tensor in tensors)
     )
