@@ -68,7 +68,7 @@ def gqa_attention(
     form = resolve(impl, q_BHTD.device)
     if form == "triton" and q_BHTD.dtype == torch.float64:
         raise ValueError("float64 must have impl='eager', got impl='triton'")
-    if form == "eager" and q_BHTD.device.type != "cpu":
+    if form == "eager" and q_BHTD.device.type not in ("cpu", "meta"):
         with torch.autocast(q_BHTD.device.type, enabled=False):
             return gqa_attention_reference(
                 q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B=key_count_B, key_mask_BS=key_mask_BS

@@ -228,7 +228,8 @@ def _save(ctx, inputs, output) -> None:
     # the outputs without a gradient get none, not tensors of zeros
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[-1])
-    ctx.mark_non_differentiable(*output[2:])
+    # not the gradients, which would let a second derivative pass as 0
+    ctx.mark_non_differentiable(*output[2:4])
 
 
 def _backward(ctx, grad_transport_B, grad_endpoint_B, *_):

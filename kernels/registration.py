@@ -3,21 +3,26 @@
 `torch.library.custom_op` makes a function an operator that is traced, exported and checked as one piece. The host pays
 for that on every call, more than for the launch itself. Where nobody looks on (no tracer, profiler, mode or transform,
 no tensors of another class), an `Operator` runs the same function, and for the gradient the same pair of functions,
-without it: the same launches in the same order, so the same bits.
+without it: the same launches of the same kernels in the same order, so the same bits.
+
+A default device is a mode to PyTorch: with `torch.set_default_device` every call takes the long way. An
+`ExecutionTraceObserver` without a profiler cannot be noticed, and sees no operators.
 
 Either way the function runs with the GPU of its tensors as the current one: Triton launches there.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from kernels.dispatch import on
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+VALUES = (float, int, bool, str)
 
 
 def operator(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable], "Operator"]:
@@ -41,14 +46,22 @@ class Operator:
         # PyTorch counts the writes to a tensor where it registered them
         self._direct = not tuple(mutates_args)
         self._apply: Callable | None = None
+        kinds = [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
+        self._values = [(place, kind) for place, kind in enumerate(kinds) if kind in VALUES]
         functools.update_wrapper(self, function)
+
+    def __repr__(self) -> str:
+        return f"Operator({self._name!r})"
 
     def register_fake(self, fake: Callable) -> Callable:
         """Say what tensors the function returns, for tracers: `torch.library.CustomOpDef.register_fake`."""
         return self._registered.register_fake(fake)
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
-        """Say how gradients go back: `torch.library.CustomOpDef.register_autograd`; there is no second derivative."""
+        """Say how gradients go back: `torch.library.CustomOpDef.register_autograd`.
+
+        Where `backward` calls an operator without a gradient, a second derivative is refused.
+        """
         self._registered.register_autograd(backward, setup_context=setup_context)
 
         # a setup_context of its own would have PyTorch read the signature on every call
@@ -57,13 +70,17 @@ class Operator:
             setup_context(ctx, inputs, output)
             return output
 
-        members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
-        self._apply = type(self._name, (torch.autograd.Function,), members).apply
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._apply = type(self._name.rpartition(":")[2], (torch.autograd.Function,), members).apply
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         # a compiler that traces this call comes here first, and reads no further
         if torch.compiler.is_compiling() or named or not self._direct or _observed(tensors := _tensors(arguments)):
             return self._registered(*arguments, **named)
+        # a number of another type would be another kernel to Triton; PyTorch makes it the one that it knows
+        for place, kind in self._values:
+            if type(arguments[place]) is not kind:
+                return self._registered(*arguments)
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
             return self._function(*arguments)
         return (self._apply or self._registered)(*arguments)
@@ -77,7 +94,8 @@ def _observed(tensors: list[torch.Tensor]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled
-        or any(type(tensor) not in PLAIN or tensor.is_meta for tensor in tensors)
+        or forward_ad._current_level >= 0
+        or any(type(tensor) not in PLAIN or tensor.is_meta or tensor.is_neg() for tensor in tensors)
     )
 
 

@@ -372,3 +372,8 @@ def test_the_kernels_refuse_float64(device):
     double = {name: x.double().to(device) for name, x in _replace().items()}
     with pytest.raises(ValueError, match="float64 must have impl='eager'"):
         gqa_attention(**double, impl="triton")
+
+
+def test_tensors_without_values_have_the_shapes_of_the_result():
+    q, k, v = (torch.empty(2, heads, 5, 16, device="meta") for heads in (4, 2, 2))
+    assert gqa_attention(q, k, v, torch.empty(4, device="meta")).shape == q.shape

@@ -1,9 +1,12 @@
 """An operator called directly is the operator that PyTorch knows, and whoever looks on sees that one."""
 
+import importlib
 from typing import Any, ClassVar
 
+import numpy
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -11,9 +14,17 @@ from kernels import dispatch
 from kernels.attention import gqa_attention
 from kernels.gather import _gather_rows
 from kernels.matching import match_segments
-from kernels.registration import operator
+from kernels.registration import Operator, operator
 from kernels.residual import residual_norm
 from kernels.sinkhorn import sinkhorn
+from perceiver.blocks import DropoutKey
+from perceiver.loss import LossConfig, segment_loss
+from perceiver.model import Perceiver
+from tests.small_models import SMALL, small_batch, stirred
+from train.augment import AugmentConfig, augment
+
+# the modules whose operators a training step calls, but for AdamW, which writes its arguments
+OPERATORS = ("attention", "gelu", "heads", "loss_terms", "matching", "points", "residual", "rms_norm", "turn")
 
 
 @operator("ridgeline_tests::scaled")
@@ -26,6 +37,13 @@ def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
 def count(x: torch.Tensor) -> torch.Tensor:
     """An operator without a gradient."""
     return x.new_full((), x.numel())
+
+
+@operator("ridgeline_tests::count_of_positive")
+def count_of_positive(x: torch.Tensor) -> torch.Tensor:
+    """What lies in memory, as a kernel reads it."""
+    memory = torch.tensor([]).set_(x.untyped_storage(), 0, x.shape)
+    return (memory > 0).sum()
 
 
 @operator("ridgeline_tests::increment", mutates_args=("x",))
@@ -119,6 +137,19 @@ def test_direct_calls_have_the_bits_of_the_registered_operator(case, monkeypatch
         assert torch.equal(one, other)
 
 
+def test_a_training_step_takes_the_short_way(monkeypatch, device):
+    model, batch = stirred(Perceiver(SMALL)).to(device), small_batch(scenes=2).to(device)
+    operators = [x for name in OPERATORS for x in vars(importlib.import_module(f"kernels.{name}")).values()]
+    for op in operators:
+        if isinstance(op, Operator):
+            monkeypatch.setattr(op, "_registered", _refused)
+    for impl in ("triton", "eager"):
+        drop = DropoutKey(rate=0.1, seed=3, step=2, scene_B=batch.scene_B)
+        segments = model(augment(batch, AugmentConfig(), seed=3, step=2, impl=impl), drop=drop, impl=impl)
+        config = LossConfig(iterations=2)
+        segment_loss(segments, batch.gt_BM23, batch.gt_count_B, config, endpoint_weight=0.1, impl=impl).total.backward()
+
+
 def test_plain_tensors_do_not_pass_through_pytorch(monkeypatch):
     for op in (scaled, count):
         monkeypatch.setattr(op, "_registered", _refused)
@@ -167,11 +198,45 @@ def test_tensors_without_values_get_the_shapes_that_were_registered():
         assert scaled(mode.from_tensor(torch.ones(4)), 2.0).shape == (4,)
 
 
-def test_a_second_derivative_is_refused():
-    x = torch.ones(3, requires_grad=True)
-    (gradient,) = torch.autograd.grad(scaled(x, 2.0).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("case", [_matching, _transport, _attention, _residual])
+def test_a_second_derivative_is_refused(case):
+    outputs, inputs = case()
+    total = next(iter(outputs)).sum()
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradients = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
+        (total + sum(g.square().sum() for g in gradients if g is not None)).backward()
+
+
+@pytest.mark.parametrize("value", [2, True, numpy.float32(2.0)], ids=lambda value: type(value).__name__)
+def test_numbers_reach_the_function_as_it_declares_them(value):
+    seen = []
+
+    @operator(f"ridgeline_tests::seen_{type(value).__name__}")
+    def see(x: torch.Tensor, factor: float) -> torch.Tensor:
+        seen.append(factor)
+        return x.mul(factor)
+
+    see.register_fake(lambda x, factor: torch.empty_like(x))
+    see(torch.ones(3), value)
+    see(torch.ones(3), float(value))
+    assert [type(factor) for factor in seen] == [float, float]
+
+
+def test_a_view_with_the_negative_bit_is_read_as_what_it_is():
+    x = torch.arange(4.0)
+    assert count_of_positive(torch._neg_view(x)) == 0
+    assert count_of_positive(x) == 3
+
+
+def test_forward_derivatives_meet_the_operator(monkeypatch):
+    monkeypatch.setattr(scaled, "_registered", lambda *arguments: "registered")
+    with forward_ad.dual_level():
+        assert scaled(torch.ones(3), 2.0) == "registered"
+
+
+def test_a_node_of_the_graph_has_the_name_of_its_operator():
+    assert "scaled" in type(scaled(torch.ones(3, requires_grad=True), 2.0).grad_fn).__name__
+    assert repr(scaled) == "Operator('ridgeline_tests::scaled')"
 
 
 def test_a_gradient_that_was_not_registered_is_refused():
