@@ -377,3 +377,18 @@ def test_the_kernels_refuse_float64(device):
 def test_tensors_without_values_have_the_shapes_of_the_result():
     q, k, v = (torch.empty(2, heads, 5, 16, device="meta") for heads in (4, 2, 2))
     assert gqa_attention(q, k, v, torch.empty(4, device="meta")).shape == q.shape
+
+
+@pytest.mark.parametrize("log_scale", [20.0, 40.0, 60.0])
+def test_on_a_cpu_weights_that_are_0_or_1_have_the_gradients_of_those(log_scale):
+    def gradients(form, dtype, **options):
+        generator = torch.Generator().manual_seed(2)
+        drawn = [torch.randn(2, heads, 9, 16, generator=generator) for heads in (4, 2, 2, 4)]
+        q, k, v, do = (x.to(dtype) for x in drawn)
+        inputs = [x.requires_grad_() for x in (q, k, v, torch.full((4,), log_scale, dtype=dtype))]
+        return torch.autograd.grad(form(*inputs, **options), inputs, do)
+
+    found = gradients(gqa_attention, torch.float32, softmax="online", impl="eager")
+    truth = gradients(gqa_attention_reference, torch.float64)
+    assert all(gradient.isfinite().all() for gradient in found)
+    assert torch.allclose(found[2].double(), truth[2], rtol=1e-5, atol=1e-6)
