@@ -72,7 +72,7 @@ def draw_curves(metrics: Sequence[Line], speed: Sequence[Line], yardstick: float
     ]
     matching = [
         _curve(train, "mass", "matched mass per true segment", BLUE),
-        _curve(train, "kept", "queries kept per true segment", ORANGE),
+        _curve(train, "kept", "queries above 0.5 per true segment", ORANGE),
         _curve(train, "dustbin", "dustbin share", GREY),
     ]
     figures = [
