@@ -167,8 +167,9 @@ def pytest_runtest_logreport(report):
     if SHARD not in os.environ or (report.when != "call" and report.passed):
         return
     text = report.longreprtext if report.failed else ""
-    # of a skipped test: file, line, reason
-    message = [report.longrepr[2]] if report.skipped else _first_lines(text)
+    # of a skipped test: file, line, reason; one that was expected to fail has its traceback in their place
+    skipped = report.skipped and isinstance(report.longrepr, tuple)
+    message = [report.longrepr[2] if skipped else "expected to fail"] if report.skipped else _first_lines(text)
     note(test=report.nodeid, outcome=report.outcome, seconds=report.duration, message=message)
     if _STICKY.search(text):
         pytest.exit("the CUDA context is lost", returncode=3)

@@ -38,15 +38,17 @@ def fill(text: str, results: Path = RESULTS) -> str:
 def demo(results: Path) -> str:
     """The score of the embedded recipe after each stage, beside what needs no learning."""
     run = json.loads((results / "demo-cpu-2core.json").read_text())
-    yardsticks = run["yardsticks"]
     rows = [
         f"| {s['name']} | {s['until']:,} | {s['hss']:.3f} | {s['corner_f1']:.3f} | {s['edge_iou']:.3f} |"
         for s in run["stages"]
     ]
-    rows += [
-        f"| *label clusters, no learning* | | {yardsticks['label_clusters']:.3f} | | |",
-        f"| *truth through post-processing* | | {yardsticks['truth_through_postprocessing']:.3f} | | |",
-    ]
+    titles = {
+        "label_clusters": "label clusters, no learning",
+        "truth_through_postprocessing": "truth through post-processing",
+    }
+    for name, title in titles.items():
+        y = run["yardsticks"][name]
+        rows.append(f"| *{title}* | | {y['hss']:.3f} | {y['corner_f1']:.3f} | {y['edge_iou']:.3f} |")
     minutes, machine = run["training_seconds"] / 60, run["machine"]
     when = f"({run['date']}, torch {machine['torch']})"
     rows += ["", f"Two cores train it in {minutes:.1f} minutes, evaluation not counted {when}."]

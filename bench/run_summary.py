@@ -52,7 +52,10 @@ def summarize_run(run: Path) -> dict[str, Any]:
             }
             for stage in stages
         ],
-        "yardsticks": {name: round(summary["hss_mean"], 4) for name, summary in scores["yardsticks"].items()},
+        "yardsticks": {
+            name: {field: round(summary[f"{field}_mean"], 4) for field in ("hss", "corner_f1", "edge_iou")}
+            for name, summary in scores["yardsticks"].items()
+        },
         "training_seconds": round(sum(line["seconds"] for line in speed), 1),
         "steps_per_second": {
             str(stage["step"]): next(line["steps_per_second"] for line in speed if line["step"] == stage["step"])

@@ -49,7 +49,8 @@ def gqa_attention(
             Keys and values that do not count may hold anything, also NaN.
         softmax: "static" bounds every logit by exp(log_scale), which may then be at most 60 (float16: 10);
             "online" keeps a running maximum and takes any. The backward makes the weights anew, from logits of size
-            exp(log_scale): they err by 1e-7 exp(log_scale) of themselves, from log_scale = 16 on by all of it.
+            exp(log_scale): they err by 1e-7 exp(log_scale) of themselves, from log_scale = 16 on by all of it; so do
+            the gradients of q, k and log_scale, those of v on a GPU.
         precision: of the products of float32 inputs on a GPU: "tf32" or "ieee".
         split: how many programs share the keys of one block of queries on a GPU. No influence on the result's bits.
         impl: "auto", "eager" or "triton", see `kernels.dispatch`.

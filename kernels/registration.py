@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from kernels.dispatch import on
@@ -47,7 +48,7 @@ class Operator:
         self._direct = not tuple(mutates_args)
         self._apply: Callable | None = None
         kinds = [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
-        self._values = [(place, kind) for place, kind in enumerate(kinds) if kind in VALUES]
+        self._count, self._values = len(kinds), [(place, kind) for place, kind in enumerate(kinds) if kind in VALUES]
         functools.update_wrapper(self, function)
 
     def __repr__(self) -> str:
@@ -75,8 +76,11 @@ class Operator:
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         # a compiler that traces this call comes here first, and reads no further
-        if torch.compiler.is_compiling() or named or not self._direct or _observed(tensors := _tensors(arguments)):
+        if torch.compiler.is_compiling() or not self._direct or len(arguments) != self._count:
             return self._registered(*arguments, **named)
+        if _observed(tensors := _tensors(arguments)):
+            self._refuse_tangents(tensors)
+            return self._registered(*arguments)
         # a number of another type would be another kernel to Triton; PyTorch makes it the one that it knows
         for place, kind in self._values:
             if type(arguments[place]) is not kind:
@@ -84,6 +88,11 @@ class Operator:
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
             return self._function(*arguments)
         return (self._apply or self._registered)(*arguments)
+
+    def _refuse_tangents(self, tensors: list[torch.Tensor]) -> None:
+        """PyTorch would drop them without a word."""
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise NotImplementedError(f"{self._name} has derivatives by backward only, got an input with a tangent")
 
 
 def _observed(tensors: list[torch.Tensor]) -> bool:
@@ -95,8 +104,13 @@ def _observed(tensors: list[torch.Tensor]) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled
         or forward_ad._current_level >= 0
-        or any(type(tensor) not in PLAIN or tensor.is_meta or tensor.is_neg() for tensor in tensors)
+        or any(map(_is_other, tensors))
     )
+
+
+def _is_other(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is not what lies in its memory: of another class, without values, negated, or many in one."""
+    return type(tensor) not in PLAIN or tensor.is_meta or tensor.is_neg() or is_legacy_batchedtensor(tensor)
 
 
 def _tensors(arguments: Iterable[Any]) -> list[torch.Tensor]:

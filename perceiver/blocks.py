@@ -113,8 +113,9 @@ class GroupedQueryAttention(nn.Module):
         for name, letters, tensor in (("x", "B, T", x_BTC), ("memory", "B, S", memory_BSC)):
             if tensor.dim() != 3 or tensor.shape[-1] != channels:
                 raise ValueError(f"{name} must be [{letters}, {channels}], got shape {tuple(tensor.shape)}")
-        if len(memory_BSC) != len(x_BTC):
-            raise ValueError(f"memory must have the {len(x_BTC)} items of x, got shape {tuple(memory_BSC.shape)}")
+        # not len, which torch.export takes for a constant
+        if memory_BSC.shape[0] != x_BTC.shape[0]:
+            raise ValueError(f"memory must have the {x_BTC.shape[0]} items of x, got shape {tuple(memory_BSC.shape)}")
 
     def split(self, x_BTC: torch.Tensor, heads: int) -> torch.Tensor:
         """View the columns of a projection as heads, [B, heads, T, D]."""

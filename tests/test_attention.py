@@ -380,7 +380,7 @@ def test_tensors_without_values_have_the_shapes_of_the_result():
 
 
 @pytest.mark.parametrize("log_scale", [20.0, 40.0, 60.0])
-def test_on_a_cpu_weights_that_are_0_or_1_have_the_gradients_of_those(log_scale):
+def test_on_a_cpu_the_gradient_of_the_values_is_right_where_weights_are_0_or_1(log_scale):
     def gradients(form, dtype, **options):
         generator = torch.Generator().manual_seed(2)
         drawn = [torch.randn(2, heads, 9, 16, generator=generator) for heads in (4, 2, 2, 4)]

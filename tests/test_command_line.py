@@ -145,6 +145,19 @@ def test_scores_of_another_source_are_not_written_over(runs, tmp_path, capsys):
     assert "does not say which set it is: add #dev, or --set" in capsys.readouterr().err
 
 
+def test_a_finished_model_is_scored_from_another_confidence_on(runs, tmp_path, capsys):
+    write_npz(generate_scenes(2, seed=5, points=128, setting="easy"), tmp_path / "set")
+    evaluate = ["evaluate", str(runs / "tiny"), "--data", f"npz:{tmp_path / 'set'}", "--set", "dev"]
+    evaluate += ["--device", "cpu", "--threads", "1", "--workers", "1"]
+    assert main([*evaluate, "--out", str(tmp_path / "a")]) == 0
+    assert main([*evaluate, "--out", str(tmp_path / "a"), "--confidence", "0.9"]) == 1
+    assert "holds the scores of another post-processing: name another directory" in capsys.readouterr().err
+    assert main([*evaluate, "--out", str(tmp_path / "b"), "--confidence", "0.9"]) == 0
+    assert json.loads((tmp_path / "b" / "scores.json").read_text())["postprocess"]["confidence"] == 0.9
+    assert main([*evaluate, "--out", str(tmp_path / "c"), "--confidence", "1.5"]) == 1
+    assert "confidence must be between 0 and 1, got 1.5" in capsys.readouterr().err
+
+
 def test_every_row_of_a_set_is_answered_whatever_can_be_read(runs, tmp_path, capsys):
     scenes = [generate_scenes(1, seed=points, points=points, setting="easy") for points in (64, 128)]
     write_npz(itertools.chain(*scenes), tmp_path / "set")

@@ -1,5 +1,6 @@
 """The deterministic state: what is set, what "auto" becomes, what is refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 import triton
 
-from train.certificate import describe_environment
+from tests.tiny_runs import tiny_recipe, train_quietly
 from train.determinism import (
     FORBIDDEN_VARIABLES,
     FP_FUSION,
@@ -152,15 +153,19 @@ def test_a_variable_that_changes_the_arithmetic_is_refused_with_the_cure(variabl
         enter(threads=1, precision="fp32", impl="eager", device="cpu")
 
 
-def test_only_what_triton_does_by_itself_may_be_said_of_fused_products_and_is_recorded(monkeypatch):
+def test_only_what_triton_does_by_itself_may_be_said_of_fused_products_and_is_recorded(monkeypatch, tmp_path):
     for value in ("true", "", "2"):
         monkeypatch.setenv(FP_FUSION, value)
         assert refused_variables() == [FP_FUSION]
     monkeypatch.setenv(FP_FUSION, "1")
-    machine = enter(threads=1, precision="fp32", impl="eager", device="cpu")
-    assert describe_environment(machine)["fp_fusion"] == "1"
+    train_quietly(tiny_recipe(), tmp_path / "said")
     monkeypatch.delenv(FP_FUSION)
-    assert describe_environment(machine)["fp_fusion"] is None
+    train_quietly(tiny_recipe(), tmp_path / "unsaid")
+    logs = [(tmp_path / name / "processes.jsonl").read_text().splitlines()[0] for name in ("said", "unsaid")]
+    assert [json.loads(line)["environment"]["fp_fusion"] for line in logs] == ["1", None]
+    # the certificate is of the bits, which it has no part in
+    certificates = [(tmp_path / name / "certificate.json").read_bytes() for name in ("said", "unsaid")]
+    assert certificates[0] == certificates[1]
 
 
 COMPILED = """

@@ -1,5 +1,6 @@
 """A finished run that lost a file: what is made again, and what is said where that cannot be."""
 
+import json
 import shutil
 
 import pytest
@@ -48,11 +49,30 @@ def test_a_finished_run_without_a_state_that_is_too_far_to_make_again_is_refused
     for name in ("stage1.pt", "stage2_tail.pt", "step000007.pt"):
         (path / name).unlink()
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    with pytest.raises(RunRefused, match=r"^stage1\.pt, stage2_tail\.pt of .* are gone, .*: put them back") as refusal:
+    with pytest.raises(
+        RunRefused, match=r"^stage1\.pt, stage2_tail\.pt of .* are gone, and what they would .*: put them back"
+    ) as refusal:
         train_quietly(tiny_recipe(keep_every=7), path)
     said = "stage1.pt could not be made again: the nearest state, stage1_tail.pt, is 8 updates before it"
     assert said in str(refusal.value)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_a_state_whose_updates_are_not_those_of_the_trace_is_not_made_again(finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    for name in ("stage1.pt", "stage2_tail.pt"):
+        (path / name).unlink()
+    lines = (path / "trace.jsonl").read_text().splitlines()
+    # the update between the state at 7 and the end of the stage at 8
+    place = next(i for i, line in enumerate(lines) if '"kind": "step", "step": 8' in line)
+    line = json.loads(lines[place])
+    line["grad_norm"] = (2 * float.fromhex(line["grad_norm"])).hex()
+    lines[place] = json.dumps(line)
+    (path / "trace.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunRefused, match=r"stage1\.pt could not be made again: made with the code here, step 8"):
+        train_quietly(tiny_recipe(keep_every=7), path)
+    assert not (path / "stage1.pt").exists()
 
 
 def test_a_finished_run_is_refused_without_a_result(finished, tmp_path):

@@ -1,6 +1,7 @@
 """An operator called directly is the operator that PyTorch knows, and whoever looks on sees that one."""
 
 import importlib
+import warnings
 from typing import Any, ClassVar
 
 import numpy
@@ -192,6 +193,82 @@ def test_compilers_find_one_operator_and_its_gradient():
     assert torch.autograd.grad(y.sum(), x)[0].tolist() == [102.0] * 3
 
 
+def _under_a_default_device():
+    with torch.device("cpu"):
+        scaled(torch.ones(3), 2.0)
+
+
+def _traced():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(lambda x: scaled(x, 2.0), torch.ones(3), check_trace=False)
+
+
+def _with_a_tangent():
+    with forward_ad.dual_level():
+        scaled(torch.ones(3), 2.0)
+
+
+def _with_gradients_of_a_batch():
+    x = torch.ones(3, requires_grad=True)
+    torch.autograd.grad(x * 1, x, torch.ones(2, 3), is_grads_batched=True)
+    y = _Doubled.apply(x)
+    torch.autograd.grad(y, x, torch.ones(2, 3), is_grads_batched=True)
+
+
+def _with_an_argument_less():
+    with pytest.raises(RuntimeError, match="factor"):
+        scaled(torch.ones(3))
+
+
+class _Doubled(torch.autograd.Function):
+    """Its backward is an operator."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> torch.Tensor:
+        return scaled(gradients[0], 2.0)
+
+
+LOOKED_ON = {
+    "a default device": _under_a_default_device,
+    "a trace": _traced,
+    "a vmap": lambda: torch.func.vmap(lambda x: scaled(x, 2.0))(torch.ones(2, 3)),
+    "a tangent": _with_a_tangent,
+    "gradients of a batch": _with_gradients_of_a_batch,
+    "no values": lambda: scaled(torch.ones(3, device="meta"), 2.0),
+    "a negative view": lambda: scaled(torch._neg_view(torch.ones(3)), 2.0),
+    "an argument less": _with_an_argument_less,
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_ON)
+def test_where_somebody_looks_on_pytorch_is_asked(monkeypatch, name):
+    asked, registered = [], scaled._registered
+
+    def ask(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return registered(*arguments)
+
+    monkeypatch.setattr(scaled, "_registered", ask)
+    LOOKED_ON[name]()
+    assert asked
+
+
+@pytest.mark.parametrize("form", [lambda x: scaled(x, 2.0), lambda x: sinkhorn(x, eps=0.2, iterations=2).plan_BNM])
+def test_forward_derivatives_are_refused(form):
+    x = torch.ones(1, 2, 3)
+    with warnings.catch_warnings(), pytest.raises(NotImplementedError, match="has derivatives by backward only"):
+        # PyTorch prepares the first of them with what it has deprecated
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.func.jvp(form, (x,), (x,))
+
+
 def test_tensors_without_values_get_the_shapes_that_were_registered():
     assert scaled(torch.ones(3, device="meta"), 2.0).shape == (3,)
     with torch._subclasses.FakeTensorMode() as mode:
@@ -226,12 +303,6 @@ def test_a_view_with_the_negative_bit_is_read_as_what_it_is():
     x = torch.arange(4.0)
     assert count_of_positive(torch._neg_view(x)) == 0
     assert count_of_positive(x) == 3
-
-
-def test_forward_derivatives_meet_the_operator(monkeypatch):
-    monkeypatch.setattr(scaled, "_registered", lambda *arguments: "registered")
-    with forward_ad.dual_level():
-        assert scaled(torch.ones(3), 2.0) == "registered"
 
 
 def test_a_node_of_the_graph_has_the_name_of_its_operator():

@@ -6,6 +6,8 @@ import pytest
 
 from bench.run_summary import summarize_run
 
+YARDSTICK = {"hss_mean": 0.99, "hss_q5": 0.9, "corner_f1_mean": 1.0, "edge_iou_mean": 0.97765}
+
 
 def test_stages_yardsticks_and_times_are_collected(tmp_path):
     def lines(name, *values):
@@ -24,13 +26,13 @@ def test_stages_yardsticks_and_times_are_collected(tmp_path):
         {"step": 6, "seconds": 4.0, "steps_per_second": 0.5, "memory_mb": 12.0},
     )
     (tmp_path / "config.json").write_text('{"name": "mine"}')
-    scores = {"source": "roofs:easy#dev", "scenes": 64, "yardsticks": {"truth": {"hss_mean": 0.99}}}
+    scores = {"source": "roofs:easy#dev", "scenes": 64, "yardsticks": {"truth": YARDSTICK}}
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     summary = summarize_run(tmp_path)
     assert [(s["name"], s["until"], s["hss"]) for s in summary["stages"]] == [("one", 4, 0.1235), ("two", 6, 0.3)]
     assert summary["training_seconds"] == 6.0
     assert summary["steps_per_second"] == {"4": 2.0, "6": 0.5}
-    assert summary["yardsticks"] == {"truth": 0.99}
+    assert summary["yardsticks"] == {"truth": {"hss": 0.99, "corner_f1": 1.0, "edge_iou": 0.9777}}
     assert (summary["recipe"], summary["scenes"], summary["peak_memory_mb"]) == ("mine", 64, 12.0)
 
 

@@ -7,9 +7,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 # cuBLAS reads it when CUDA starts, which may be before the recipe is known
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -154,6 +153,7 @@ def _add_model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16"), help="default: the run's")
     sub.add_argument("--impl", choices=IMPLEMENTATIONS, help="form of the operators (default: the run's)")
     sub.add_argument("--threads", type=int, help="of the CPU; part of the bits (default: the run's)")
+    sub.add_argument("--confidence", type=float, metavar="P", help="segments count from here on (default: the run's)")
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -215,7 +215,7 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> int:
     loaded, machine = _load(options)
     set_name = options.set or _set_of(options.data)
     out = options.out or (options.model if options.model.is_dir() else options.model.parent)
-    _keep_other_scores(scores_path(out, set_name), options.data, loaded.record)
+    _keep_other_scores(scores_path(out, set_name), options.data, loaded)
     evaluate_command(
         loaded.model.to(machine.device),
         load_scenes(options.data, strict=options.strict),
@@ -240,6 +240,9 @@ def _load(options: argparse.Namespace) -> tuple[LoadedModel, Machine]:
         impl=options.impl or loaded.impl,
         device=options.device,
     )
+    if options.confidence is not None:
+        postprocess = dataclasses.replace(loaded.postprocess, confidence=options.confidence)
+        loaded = dataclasses.replace(loaded, postprocess=postprocess)
     return loaded, machine
 
 
@@ -252,18 +255,23 @@ def _set_of(uri: str) -> str:
     raise ValueError(f"{uri} does not say which set it is: add #dev, or --set dev, validation or test")
 
 
-def _keep_other_scores(path: Path, source: str, record: Mapping[str, Any]) -> None:
-    """Refuse to write over the scores of another source, or of weights that are not older ones."""
+def _keep_other_scores(path: Path, source: str, loaded: LoadedModel) -> None:
+    """Refuse to write over the scores of another source or post-processing, or of weights that are not older ones."""
     if not path.is_file():
         return
     try:
         kept = json.loads(path.read_text())
         other_source = SourceUri.parse(kept["source"]) != SourceUri.parse(source)
+        here = json.loads(json.dumps(dataclasses.asdict(loaded.postprocess)))
+        other_way = kept.get("postprocess", here) != here
         checkpoint = kept.get("checkpoint") or {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no scores ({error}): name another directory with --out") from error
     if other_source:
         raise ValueError(f"{path} holds the scores of {kept['source']}: name another directory with --out")
+    if other_way:
+        raise ValueError(f"{path} holds the scores of another post-processing: name another directory with --out")
+    record = loaded.record
     older = (checkpoint.get("step") or 0) < (record["step"] or 0)
     if checkpoint.get("weights") != record["weights"] and not older:
         raise ValueError(

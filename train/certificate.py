@@ -5,7 +5,7 @@ Format 2 is one JSON object:
     format        2
     recipe        the resolved recipe
     environment   device, precision, impl, threads, fingerprint (what bits may depend on; runs are compared by it),
-                  and for the reader torch, triton, its default of fused products if set, python, cpu capability, gpu
+                  and for the reader torch, triton, python, cpu capability, gpu
     code          files: {path: SHA-256} of the sources of kernels, perceiver, train and configs, as the process found
                   them that ended the run; digest: of all of them
     kernels       cubins: {kernel: {SHA-256 of its machine code: warps, stages and shared bytes of its launch}} of all
@@ -24,7 +24,6 @@ checks it. Nothing in it varies between two runs of one recipe on one kind of ma
 
 import hashlib
 import json
-import os
 import platform
 import struct
 import sys
@@ -36,7 +35,7 @@ import torch
 
 from train.checkpoint import write_atomically
 from train.config import ROOT, Recipe, read_object, recipe_to_dict
-from train.determinism import FP_FUSION, Machine, triton_version
+from train.determinism import Machine, triton_version
 from train.rundir import RunDirectory
 from train.sources import SourceUri
 from train.trace import CHECKED_STEPS, Line, tail_of
@@ -185,7 +184,6 @@ def describe_environment(machine: Machine) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton_version(),
         "python": platform.python_version(),
-        "fp_fusion": os.environ.get(FP_FUSION),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else None,
     }

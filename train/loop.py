@@ -5,6 +5,7 @@ and the recipe. A run can therefore stop anywhere and go on from its checkpoint 
 stopped: its logs are cut back to the checkpoint and written again.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from train.certificate import code_files, describe_environment, loaded_cubins, w
 from train.checkpoint import Checkpoint, save_checkpoint, tensors_digest
 from train.config import Recipe, StageConfig, recipe_to_dict
 from train.data import StageData, describe_coverage
-from train.determinism import Machine, check_state, enter
+from train.determinism import FP_FUSION, Machine, check_state, enter
 from train.evaluate import Evaluation, evaluate, format_scores, write_scores
 from train.examples import write_examples
 from train.graph import StageUpdates
@@ -172,7 +173,7 @@ class _Trainer:
 
     def note_process(self) -> None:
         """Log where and with which sources this process computes: what a comparison of runs wants to know."""
-        environment = describe_environment(self.machine)
+        environment = {**describe_environment(self.machine), "fp_fusion": os.environ.get(FP_FUSION)}
         self.directory.append("processes", kind="process", step=self.step, environment=environment, code=self.code)
 
     def _check_origin(self, stage: int, origin: Mapping[str, Any] | None) -> None:

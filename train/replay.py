@@ -170,7 +170,7 @@ def state_again(run_dir: str | Path, step: int, *, most: int, progress: bool = F
         for line in past.updates(step):
             check_line(line, by_step.get(line["step"], {}), past, trace)
     except Differs as difference:
-        raise CannotCheck(str(difference)) from difference
+        raise CannotCheck(f"made with the code here, {difference}") from difference
     return past, f"{name}, step {begun:,}"
 
 
@@ -330,16 +330,17 @@ def _nearest_state(
     path: Path, recipe: Recipe, trace: Sequence[Line], before: int, device: str | None
 ) -> tuple[str, Checkpoint | None, Machine]:
     """The newest usable checkpoint of update `before` or earlier, or the initial weights."""
-    found: list[tuple[str, Checkpoint]] = []
+    # one at a time: a run may keep hundreds
+    nearest: tuple[str, Checkpoint] | None = None
     for file in (*sorted(path.glob("*.pt")), path / "checkpoint.pt.previous"):
         try:
             checkpoint = load_checkpoint(file)
         except CheckpointError:
             continue
-        if checkpoint.step <= before:
-            found.append((file.name, checkpoint))
-    if found:
-        name, checkpoint = max(found, key=lambda item: item[1].step)
+        if checkpoint.step <= before and (nearest is None or checkpoint.step > nearest[1].step):
+            nearest = file.name, checkpoint
+    if nearest:
+        name, checkpoint = nearest
         return name, checkpoint, same_machine(recipe, checkpoint.machine, device)
     start = next((line for line in trace if line["kind"] == "start"), None)
     if start is None or start["from"]:

@@ -223,9 +223,9 @@ def _published_note(run: RunFiles) -> str:
             "Runs of the published code again end between 0.342 and 0.379."
         )
     return (
-        "Published: the full-size model after 170,000 steps on the challenge's real scenes. That is another data set "
-        "and a bigger model: the columns show how the stages behave there and <strong>cannot be compared</strong> "
-        "with this run's numbers."
+        "Published: the full-size model after 170,000 steps on the challenge's real scenes. That is another data "
+        "set, a bigger model and other settings: the columns show how the stages behave there and "
+        "<strong>cannot be compared</strong> with this run's numbers."
     )
 
 
@@ -300,8 +300,7 @@ def _evidence(run: RunFiles) -> str:
         parts.append(_table(["of", "rows", "SHA-256"], rows))
     for title, value in (("Certificate", _without_sources(run.certificate)), ("Recipe, resolved", run.config)):
         if value:
-            opened = " open" if title == "Certificate" else ""
-            parts.append(f"<details{opened}><summary>{title}</summary>{_tree(value)}</details>")
+            parts.append(f"<details><summary>{title}</summary>{_tree(value)}</details>")
         else:
             parts.append(f'<p class="note">{title}: not in the run directory.</p>')
     return "\n".join(parts)

@@ -109,12 +109,12 @@ class RunDirectory:
             RunRefused: there are some; says what can be done without them.
         """
         if lost:
-            are, them = ("are", "them") if len(lost) > 1 else ("is", "it")
+            are, them, they = ("are", "them", "they") if len(lost) > 1 else ("is", "it", "it")
             reasons = "; ".join(f"{name} could not be made again: {reason}" for name, reason in lost.items())
             raise RunRefused(
-                f"{', '.join(lost)} of the finished run {self.path} {are} gone, and what {them} would show of the "
-                f"ends of its stages: put {them} back, or train the run anew under another --name. All else is there, "
-                f"to be scored, compared and verified. {reasons}"
+                f"{', '.join(lost)} of the finished run {self.path} {are} gone, and what {they} would show of the "
+                f"ends of its stages, to `compare` and `verify`: put {them} back, or train the run anew under another "
+                f"--name. Its scores, weights and metrics are there. {reasons}"
             )
 
     def kept_states(self) -> list[Path]:
