@@ -284,7 +284,8 @@ def _check_settings(settings: Settings) -> None:
     for name in ("cost_scale", "eps"):
         if not 0 < (value := getattr(settings, name)) < math.inf:
             raise ValueError(f"{name} must be finite and positive, got {value}")
-    if not math.isfinite(settings.dustbin):
+    # compared, not math.isfinite, which a compiler cannot ask of a number that it does not know yet
+    if not -math.inf < settings.dustbin < math.inf:
         raise ValueError(f"dustbin must be finite, got {settings.dustbin}")
     if not isinstance(settings.iterations, int) or settings.iterations < 1:
         raise ValueError(f"iterations must be an integer of at least 1, got {settings.iterations!r}")

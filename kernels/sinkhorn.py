@@ -334,7 +334,7 @@ def _check(cost, rows, cols, eps, iterations, dustbin, slack, log_a, log_b, path
     B, N, M = cost.shape
     if max(N, M) > MAX_SIZE:
         raise ValueError(f"cost must have at most {MAX_SIZE} rows and columns, got {N} and {M}")
-    if isinstance(eps, Tensor) or not (math.isfinite(eps) and eps > 0):
+    if isinstance(eps, Tensor) or not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, got {eps!r}")
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}")
@@ -364,7 +364,7 @@ def _check_dustbin(dustbin, cost) -> None:
             )
     elif dustbin is not None and not isinstance(dustbin, Real):
         raise ValueError(f"dustbin must be a number or a tensor, got {dustbin!r}")
-    elif dustbin is not None and not math.isfinite(dustbin):
+    elif dustbin is not None and not -math.inf < dustbin < math.inf:
         raise ValueError(f"dustbin must be finite, got {dustbin}")
 
 

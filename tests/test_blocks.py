@@ -136,3 +136,13 @@ def test_dropout_acts_on_the_branch_and_not_on_the_stream():
 def test_norm_computes_in_float32_under_bfloat16():
     norm = RMSNorm(8)
     assert norm(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_attention_is_exported_for_any_batch():
+    attention = GroupedQueryAttention(channels=32, heads=2, kv_heads=1)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {"x_BTC": {0: batch}, "memory_BSC": {0: batch}}
+    inputs = [(torch.rand(B, 3, 32), torch.rand(B, 5, 32)) for B in (2, 7)]
+    exported = torch.export.export(attention, inputs[0], dynamic_shapes=shapes).module()
+    for x_BTC, memory_BSC in inputs:
+        assert torch.allclose(exported(x_BTC, memory_BSC), attention(x_BTC, memory_BSC))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -112,3 +113,18 @@ def test_differences_are_named_with_their_path():
 def test_a_stage_starts_where_the_one_before_ended():
     recipe = load_recipe("s23dr")
     assert [recipe.start_of(k) for k in range(3)] == [0, 125_000, 135_000]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"name": "mine"}, "recipe must say stages, got name"),
+        (
+            {"name": "mine", "stages": [{"data": "roofs:easy", "until": 4, "batch": 2}]},
+            "recipe.stages.0 must say name, lr, got batch, data, until",
+        ),
+    ],
+)
+def test_what_a_recipe_lacks_is_named(values, told):
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+        recipe_from_dict(values)

@@ -306,6 +306,15 @@ def test_torch_compile_takes_it_in_one_graph(impl, device):
         assert torch.allclose(actual, expected)
 
 
+def test_a_compiler_may_leave_numbers_and_sizes_open():
+    def plan(cost, eps, dustbin):
+        return sinkhorn(cost, eps=eps, iterations=3, dustbin=dustbin)[0]
+
+    compiled = torch.compile(plan, fullgraph=True, dynamic=True, backend="aot_eager")
+    for eps, dustbin in ((0.1, 0.3), (0.2, 0.4)):
+        assert torch.allclose(compiled(torch.ones(2, 3, 4), eps, dustbin), plan(torch.ones(2, 3, 4), eps, dustbin))
+
+
 def test_torch_export_takes_it():
     class Solver(torch.nn.Module):
         def forward(self, cost):

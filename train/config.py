@@ -211,6 +211,10 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
 def _build(kind: Any, value: Any, where: str) -> Any:
     """`value`, plain JSON, as the type `kind`: a dataclass, a tuple of them, a literal or a scalar."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -220,11 +224,10 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         unknown = sorted(value.keys() - hints.keys())
         if unknown:
             raise ValueError(f"{where} has no key {unknown[0]!r}; it knows {', '.join(sorted(hints))}")
-        built = {name: _build(hints[name], part, f"{where}.{name}") for name, part in value.items()}
-        try:
-            return kind(**built)
-        except TypeError as error:
-            raise ValueError(f"{where}: {error}") from error
+        missing = [field.name for field in dataclasses.fields(kind) if _is_required(field) and field.name not in value]
+        if missing:
+            raise ValueError(f"{where} must say {', '.join(missing)}, got {', '.join(sorted(value)) or 'nothing'}")
+        return kind(**{name: _build(hints[name], part, f"{where}.{name}") for name, part in value.items()})
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         if not isinstance(value, list | tuple):
