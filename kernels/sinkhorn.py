@@ -364,7 +364,7 @@ def _check_dustbin(dustbin, cost) -> None:
             )
     elif dustbin is not None and not isinstance(dustbin, Real):
         raise ValueError(f"dustbin must be a number or a tensor, got {dustbin!r}")
-    elif dustbin is not None and not -math.inf < dustbin < math.inf:
+    elif dustbin is not None and not -math.inf < float(dustbin) < math.inf:
         raise ValueError(f"dustbin must be finite, got {dustbin}")
 
 

@@ -74,6 +74,17 @@ def test_the_first_differing_step_and_value_are_named(runs):
     assert difference == "metrics: first at step 2 (train): loss 0.3333333333333333 against 0.33333333333333337"
 
 
+def test_the_last_scores_of_both_come_first(runs):
+    for path, hss in zip(runs, (0.25, 0.5), strict=True):
+        log = RunDirectory(path)
+        log.append("metrics", kind="eval", step=2, hss_mean=0.1, corner_f1_mean=0.1, edge_iou_mean=0.1)
+        log.append("metrics", kind="stage", step=3, hss_mean=hss, corner_f1_mean=0.75, edge_iou_mean=0.5)
+        log.append("metrics", kind="train", step=4, loss=hss)
+    first, *_ = compare_runs(*runs).differences
+    scores = "HSS 0.2500 against 0.5000, corner F1 0.7500 against 0.7500, edge IoU 0.5000 against 0.5000"
+    assert first == f"scores at step 3: {scores}"
+
+
 @pytest.mark.parametrize("name", ["stage10.pt", "stage11_tail.pt", "step000500.pt"])
 def test_every_checkpoint_that_stays_is_compared(runs, name):
     for path in runs:

@@ -65,7 +65,7 @@ def test_a_recipe_stands_on_the_base_beside_it(tmp_path):
         ({"stages": [{**STAGE, "lr": -1.0}]}, "lr must be positive"),
         ({"stages": [{**STAGE, "until": 0}]}, "until must be at least 1"),
         ({"stages": [STAGE, STAGE]}, "stages must end one after the other"),
-        ({"stages": [{"name": "one"}]}, r"recipe\.stages\.0: .*missing"),
+        ({"stages": [{"name": "one"}]}, r"recipe\.stages\.0 must say data, until, batch, lr, got name"),
         ({"seed": "four"}, "recipe.seed must be int, got 'four'"),
         ({"precision": "fp8"}, "recipe.precision must be one of"),
         ({"log_every": 0}, "log_every must be at least 1"),

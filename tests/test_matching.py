@@ -390,13 +390,3 @@ def test_the_result_names_its_parts(device):
     match = match_segments(*make_segments([2], 2, 2, device=device))
     assert isinstance(match, Match) and match._fields == ("transport_B", "endpoint_B", "matched_BN", "partner_BN")
     assert match.partner_BN.dtype == torch.int64 and match.matched_BN.dtype == torch.float32
-
-
-def test_a_compiler_may_leave_numbers_and_sizes_open(device):
-    def transport(mid, eps, dustbin):
-        return matching.match_segments(mid, *others, eps=eps, dustbin=dustbin).transport_B
-
-    mid, *others = make_segments([3, 1], 4, 3, device=device)
-    compiled = torch.compile(transport, fullgraph=True, dynamic=True, backend="aot_eager")
-    for eps, dustbin in ((0.1, 0.3), (0.2, 0.4)):
-        assert torch.allclose(compiled(mid, eps, dustbin), transport(mid, eps, dustbin))

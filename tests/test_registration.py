@@ -193,6 +193,17 @@ def test_compilers_find_one_operator_and_its_gradient():
     assert torch.autograd.grad(y.sum(), x)[0].tolist() == [102.0] * 3
 
 
+def test_a_compiler_may_leave_numbers_and_sizes_open():
+    def transport(mid, eps, dustbin):
+        return match_segments(mid, *others, eps=eps, dustbin=dustbin).transport_B
+
+    mid, *others = torch.rand(2, 4, 3), torch.rand(2, 4, 3), torch.rand(2, 4), torch.rand(2, 3, 2, 3)
+    others.append(torch.tensor([3, 1]))
+    compiled = torch.compile(transport, fullgraph=True, dynamic=True, backend="aot_eager")
+    for eps, dustbin in ((0.1, 0.3), (0.2, 0.4)):
+        assert torch.allclose(compiled(mid, eps, dustbin), transport(mid, eps, dustbin))
+
+
 def _under_a_default_device():
     with torch.device("cpu"):
         scaled(torch.ones(3), 2.0)

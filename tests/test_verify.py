@@ -246,3 +246,9 @@ def test_weights_of_a_file_at_the_start_cannot_be_had(run_dir):
     assert verdict.exit_code == 2
     assert "the run began with the weights of published.pt" in verdict.sentence
     assert len(checked(verdict)) == 3
+
+
+def test_a_run_that_is_not_finished_is_said_to_be_so(tmp_path):
+    verdict = verify(tmp_path)
+    assert verdict.agrees is None
+    assert verdict.sentence.endswith("certificate.json is not there: a run writes it when it is finished")

@@ -60,7 +60,7 @@ def compare_runs(
     metrics = _first_differing_line(*lines)
     first, trace = _first_differing_step(*traces)
     stages = [[name for name in _kept(path) if re.fullmatch(r"stage\d+\.pt", name)] for path in (a, b)]
-    differences = [*filter(None, [metrics]), *trace]
+    differences = [*filter(None, [_scores_at_the_ends(*lines), metrics]), *trace]
     if stages[0] != stages[1]:
         differences.append(
             f"finished stages: {', '.join(stages[0]) or 'none'} against {', '.join(stages[1]) or 'none'}"
@@ -88,6 +88,17 @@ def _kept(path: Path) -> list[str]:
 
 def _steps(trace: Sequence[Line]) -> set[int]:
     return {line["step"] for line in trace if line["kind"] == "step"}
+
+
+def _scores_at_the_ends(a: list[str], b: list[str]) -> str | None:
+    """Say how the last stages of two runs were scored, where both were and not alike."""
+    left, right = (next((x for line in reversed(log) if "hss_mean" in (x := json.loads(line))), None) for log in (a, b))
+    names = {"hss_mean": "HSS", "corner_f1_mean": "corner F1", "edge_iou_mean": "edge IoU"}
+    if left is None or right is None or all(left[key] == right[key] for key in names):
+        return None
+    scores = ", ".join(f"{name} {left[key]:.4f} against {right[key]:.4f}" for key, name in names.items())
+    steps = dict.fromkeys(f"{end['step']:,}" for end in (left, right))
+    return f"scores at step {' and '.join(steps)}: {scores}"
 
 
 def _first_differing_line(a: list[str], b: list[str]) -> str | None:

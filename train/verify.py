@@ -41,6 +41,9 @@ def verify(path: str | Path, *, device: str | None = None, progress: bool = Fals
     Determinism: depends on the certificate, the files beside it and the machine only.
     """
     path = Path(path) / "certificate.json" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        unfinished = f"{path} is not there: a run writes it when it is finished"
+        return Verdict(agrees=None, sentence=f"cannot be checked here: {unfinished}")
     done: list[str] = []
     try:
         certificate = read_certificate(path)
