@@ -216,7 +216,7 @@ def test_the_sources_that_generated_rows_depend_on_are_all_named():
         texts = [(ROOT / f"{name.replace('.', '/')}.py").read_text() for name in pending]
         pending = {name for text in texts for name in re.findall(r"^from ([a-z]+\.\w+) import", text, re.M)} - found
         pending = {name for name in pending if name.startswith(("train.", "perceiver.", "kernels."))}
-    kernels = ("dispatch", "gather", "philox", "philox_tile", "philox_triton")
+    kernels = ("dispatch", "gather", "philox", "philox_tile", "philox_triton", "registration")
     others = {"perceiver.scene", *(f"kernels.{name}" for name in kernels)}
     assert found == {*GENERATOR, *others}
     assert others <= set(train.data._CODE)

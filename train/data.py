@@ -37,6 +37,7 @@ _CODE = (
     "kernels.philox_tile",
     "kernels.philox_triton",
     "kernels.dispatch",
+    "kernels.registration",
     "kernels.gather",
     "perceiver.scene",
     "train.sources",
