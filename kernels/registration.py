@@ -126,7 +126,8 @@ def _tensors(arguments: Iterable[Any]) -> list[torch.Tensor]:
 def _beside_its_tensors(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
-        with on(_tensors(arguments)[0].device):
+        # the first will do: an operator's tensors are on one device, and not all of them in lists
+        with on(next(x for x in arguments if isinstance(x, torch.Tensor)).device):
             return function(*arguments)
 
     return run

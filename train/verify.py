@@ -42,8 +42,8 @@ def verify(path: str | Path, *, device: str | None = None, progress: bool = Fals
     """
     path = Path(path) / "certificate.json" if Path(path).is_dir() else Path(path)
     if not path.exists():
-        unfinished = f"{path} is not there: a run writes it when it is finished"
-        return Verdict(agrees=None, sentence=f"cannot be checked here: {unfinished}")
+        sentence = f"cannot be checked here: {path} is not there: a run writes it when it is finished"
+        return Verdict(agrees=None, sentence=sentence)
     done: list[str] = []
     try:
         certificate = read_certificate(path)
