@@ -53,12 +53,12 @@ def _module(*names: str) -> tuple[str, ...]:
 PARTS = {
     "tests": Part(command=_module("bench.gpu_tests")),
     "repeats": Part(command=_module("bench.gpu_repeats")),
-    "train": Part(command=_module("bench.gpu_train")),
+    "train": Part(command=_module("bench.gpu_train"), niceness=0),
     # some of its peers compile longest
-    "step": Part(command=_module("bench.gpu_step"), alone_s=60, niceness=0),
-    "matching": Part(command=_module("bench.gpu_speed", "matching", "--processes", "6"), alone_s=15, niceness=5),
-    "attention": Part(command=_module("bench.gpu_speed", "attention", "--processes", "6"), alone_s=45, niceness=5),
-    "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn", "--processes", "6"), alone_s=45, niceness=5),
+    "step": Part(command=_module("bench.gpu_step"), alone_s=50, niceness=0),
+    "matching": Part(command=_module("bench.gpu_speed", "matching", "--processes", "6"), alone_s=12, niceness=5),
+    "attention": Part(command=_module("bench.gpu_speed", "attention", "--processes", "6"), alone_s=30, niceness=5),
+    "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn", "--processes", "6"), alone_s=38, niceness=5),
     "points": Part(command=_module("bench.gpu_speed", "points"), alone_s=12, niceness=5),
     "tiles": Part(command=_module("bench.gpu_tiles"), alone_s=60, unasked=False),
     "seams": Part(command=_module("bench.gpu_seams"), alone_s=30, unasked=False),

@@ -55,6 +55,6 @@ def _train_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not found or not found["runs"]:
         return None
     first = found["runs"][0]
-    return {"steps_each_stage": found["steps"], "same_bits": found["same_bits"]} | {
+    return {"updates": found["updates"], "scenes": found["scenes"], "same_bits": found["same_bits"]} | {
         key: first[key] for key in ("weights", "dev_scores", "loss")
     }

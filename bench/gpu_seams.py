@@ -1,4 +1,4 @@
-"""Launch options of the kernels between products, each tried on its own: what `bench.gpu_tiles` does for attention.
+"""Launch options of the kernels beside attention, each tried on its own, as `bench.gpu_tiles` does for attention.
 
 Their options are constants of modules. A candidate replaces some of them, the operator is called as training calls it
 at the encoder's shapes, and one of its launches is caught, checked and timed. What counts is the time from a flushed
@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from bench.gpu_cases import Tensors
+from bench.gpu_cases import ITERATIONS, Tensors, segment_inputs
 from bench.gpu_cases_layers import DROPOUT, embed_points, point_inputs, seam_inputs
 from bench.gpu_process import Sheet, note, share
 from bench.gpu_tiles import Caught, run_sweep, time_caught
-from kernels import gelu, points_backward, residual_triton
+from kernels import gelu, matching_triton, points_backward, residual_triton
 from kernels.gelu import bias_gelu
+from kernels.matching import match_segments
 from kernels.residual import residual_norm
 
 # name -> (items, points of an item)
@@ -94,6 +95,15 @@ def _embed(tensors: Tensors) -> None:
     torch.autograd.grad(memory_BTC, list(weights.values()), tensors["dmemory_BTC"].to(memory_BTC.dtype))
 
 
+def _segments(items: int, _: int, device: torch.device) -> Tensors:
+    return segment_inputs(items, device)
+
+
+def _match(tensors: Tensors) -> None:
+    leaves = (tensors[name].detach().requires_grad_() for name in ("mid_BN3", "dir_BN3", "len_BN"))
+    match_segments(*leaves, tensors["gt_BM23"], tensors["count_B"], iterations=ITERATIONS, impl="triton")
+
+
 def _residual(rows: int, warps: int, **others: int) -> Options:
     return {"LAUNCHES": residual_triton.LAUNCHES | {256: (rows, warps)}, **others}
 
@@ -106,6 +116,11 @@ def _norm(segment: int, rows: int, warps: int, stages: int) -> Options:
     return {"NORM_SEGMENT": segment, "NORM_ROWS": rows, "NORM_WARPS": warps, "NORM_STAGES": stages}
 
 
+def _matching(**options: int | None) -> Options:
+    layout = {**matching_triton.LAYOUT[64], **options}
+    return {"LAYOUT": matching_triton.LAYOUT | {64: {name: n for name, n in layout.items() if n is not None}}}
+
+
 _AFTER_ATTENTION = Swept(
     module=residual_triton,
     kernel="_residual_norm_bwd_kernel",
@@ -114,9 +129,9 @@ _AFTER_ATTENTION = Swept(
     inputs=_stream,
     call=_after_attention,
     candidates=[
-        *({"STAGES": stages} for stages in (2, 3)),
+        *(_residual(4, 2, SEGMENT=16, STAGES=stages) for stages in (1, 2, 3)),
         *(_residual(2, 2, SEGMENT=16, STAGES=stages) for stages in (1, 2, 3)),
-        *(_residual(2, 1, SEGMENT=8, STAGES=stages) for stages in (1, 2, 3)),
+        *(_residual(2, 1, SEGMENT=8, STAGES=stages) for stages in (1, 2)),
         *(_residual(2, 4, SEGMENT=16, STAGES=stages) for stages in (1, 2)),
         _residual(4, 2, SEGMENT=8, STAGES=1),
         _residual(2, 1, SEGMENT=16, STAGES=2),
@@ -132,7 +147,7 @@ KERNELS = {
         results=(6, 7, 8, 9),
         inputs=_stream,
         call=_after_attention,
-        candidates=[_residual(*tile) for tile in ((2, 1), (2, 2), (4, 4), (8, 4), (1, 1))],
+        candidates=[_residual(*tile) for tile in ((4, 2), (2, 2), (4, 4), (8, 4), (1, 1))],
     ),
     "bias_gelu, backward": Swept(
         module=gelu,
@@ -166,10 +181,25 @@ KERNELS = {
         call=_embed,
         candidates=[
             _norm(64, 4, 4, 2),
-            *(_norm(128, 8, 4, stages) for stages in (1, 2, 4)),
+            *(_norm(128, 8, 4, stages) for stages in (1, 2, 3, 4)),
             *(_norm(128, 4, 4, stages) for stages in (1, 3)),
             *(_norm(64, 8, 4, stages) for stages in (1, 3)),
-            _norm(128, 4, 2, 3),
+            *(_norm(128, 4, 2, stages) for stages in (2, 4)),
+        ],
+    ),
+    "match_segments, forward": Swept(
+        module=matching_triton,
+        kernel="_match_segments_fwd_kernel",
+        results=(5, 6, 7, 9),
+        inputs=_segments,
+        call=_match,
+        candidates=[
+            _matching(maxnreg=None),
+            _matching(num_warps=4),
+            _matching(N0=8, M0=32),
+            _matching(N0=32, M0=8),
+            _matching(num_warps=16, N0=32, maxnreg=128),
+            _matching(num_warps=16, maxnreg=128),
         ],
     ),
 }
@@ -209,7 +239,8 @@ def results(swept: Swept, caught: Caught) -> list[torch.Tensor]:
 
 def told(options: Options) -> str:
     """A candidate as a short name: the constants it replaces."""
-    named = {name: value[256] if name == "LAUNCHES" else value for name, value in options.items()}
+    tables = {"LAUNCHES": 256, "LAYOUT": 64}
+    named = {name: value[tables[name]] if name in tables else value for name, value in options.items()}
     return ", ".join(f"{name.removeprefix('NORM_').lower()} {value}" for name, value in named.items()) or "as it is"
 
 

@@ -134,7 +134,8 @@ def _bits(found: Results) -> list[str]:
         told.append(f"{fresh['processes']} processes with cold caches compared {what}: {moved} differ.")
     if train and train["same_bits"] is not None:
         same = "the same bytes" if train["same_bits"] else "other bytes"
-        told.append(f"Three stages of {train['steps_each_stage']:,} updates each, trained twice: {same}.")
+        updates = [f"{n:,}" for n in train["updates"]]
+        told.append(f"Three stages of {', '.join(updates[:-1])} and {updates[-1]} updates, trained twice: {same}.")
     return ["", " ".join(told)] if told else []
 
 

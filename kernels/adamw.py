@@ -25,9 +25,9 @@ from kernels.dispatch import require_tensors, resolve
 from kernels.registration import operator
 
 Tensors = Sequence[torch.Tensor]
-# elements of a tensor that a program takes, and of its tiles: the search for the tensor costs as much as a few. The
-# update loads one tile ahead (stages - 1; not yet measured), of which a thread has four elements
-SEGMENT, SQUARES_TILE, UPDATE_TILE, UPDATE_STAGES, WARPS = 8192, 2048, 512, 2, 4
+# elements of a tensor that a program takes, and of its tiles: the search for the tensor costs as much as a few. An
+# update that loads its tiles ahead is slower
+SEGMENT, SQUARES_TILE, UPDATE_TILE, WARPS = 16384, 2048, 1024, 4
 # sums that the norm takes at a time, and its warps
 SUMS, NORM_WARPS = 1024, 8
 # what every CUDA driver lets a launch's arguments have, less what is no pointer of a tensor in a list
@@ -148,7 +148,7 @@ def _adamw(
         _adamw_update_kernel[(sum(map(_segments, sizes[some])),)](
             *(tuple(tensors[some]) for tensors in (params, grads, exp_avgs, exp_avg_sqs)),
             corrections_P2[some], lr, factor, eps, PLACES=places,
-            BETA1=beta1, BETA2=beta2, SEGMENT=SEGMENT, TILE=UPDATE_TILE, STAGES=UPDATE_STAGES, num_warps=WARPS,
+            BETA1=beta1, BETA2=beta2, SEGMENT=SEGMENT, TILE=UPDATE_TILE, num_warps=WARPS,
         )  # fmt: skip
     return norm
 
@@ -322,7 +322,6 @@ def _update_tile(
 def _adamw_update_kernel(
     param_ptrs, grad_ptrs, exp_avg_ptrs, exp_avg_sq_ptrs, corrections_ptr, lr_ptr, factor_ptr, eps,
     PLACES: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     number, start, size, decay = _locate(tl.program_id(0), PLACES, 0, len(param_ptrs), SEGMENT)
     param_ptr = _pick(number, param_ptrs) + start
@@ -338,7 +337,7 @@ def _adamw_update_kernel(
     left = tl.minimum(size - start, SEGMENT).to(tl.int32)
     # a whole tile has a constant bound: only then are four elements loaded and stored at a time
     whole = left // TILE * TILE
-    for done in tl.range(0, whole, TILE, num_stages=STAGES):
+    for done in tl.range(0, whole, TILE):
         _update_tile(
             param_ptr + done, grad_ptr + done, exp_avg_ptr + done, exp_avg_sq_ptr + done, TILE,
             keep, rate, root, factor, eps, BETA1, BETA2, TILE,

@@ -18,7 +18,7 @@ from kernels.registration import operator
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows and columns of a tile, warps, in both passes; a program of the backward takes SEGMENT rows and loads STAGES - 1
-# tiles ahead (found offline, not yet measured)
+# tiles ahead
 ROWS, COLUMNS, WARPS, SEGMENT, STAGES = 2, 512, 4, 32, 3
 
 

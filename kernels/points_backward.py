@@ -29,8 +29,8 @@ from kernels.points_tile import (
 from kernels.reduce import sum_segments
 
 # rows of a partial sum and of a tile, warps: enough programs for a GPU at 65,536 points, in few rounds of loads each;
-# loads are NORM_STAGES - 1 rounds ahead (found offline, not yet measured)
-NORM_SEGMENT, NORM_ROWS, NORM_WARPS, NORM_STAGES = 128, 8, 4, 3
+# loads are NORM_STAGES - 1 rounds ahead
+NORM_SEGMENT, NORM_ROWS, NORM_WARPS, NORM_STAGES = 128, 4, 2, 3
 
 
 def point_layers_backward(

@@ -17,12 +17,12 @@ import triton.language as tl
 
 from kernels.philox_tile import dropout_rows, kernel_draws
 
-# widest row of the class -> (rows of a tile, warps), in both passes: eight elements a thread, one call of Philox
-LAUNCHES = {128: (8, 4), 256: (4, 2), 512: (4, 8), 1024: (2, 8)}
+# widest row of the class -> (rows of a tile, warps), in both passes: eight elements a thread, one call of Philox, or
+# where that was measured to be faster 16
+LAUNCHES = {128: (8, 4), 256: (2, 1), 512: (4, 8), 1024: (2, 8)}
 WIDEST = max(LAUNCHES)
-# rows of a program of the backward, which loads STAGES - 1 tiles ahead: none until measured (`bench/gpu_seams.py`);
-# loads ahead go past the L1 cache, where the two halves of eight float32 of a thread are one access
-SEGMENT, STAGES = 16, 1
+# rows of a program of the backward, which loads STAGES - 1 tiles ahead
+SEGMENT, STAGES = 8, 3
 
 
 def residual_norm_forward(x_BTC, y_BTC, gain_C, bias_C, dropout, dtype, copy, eps):

@@ -30,6 +30,11 @@ class DropoutKey:
         return dropout(x_BTC, self.rate, seed=self.seed, step=self.step, scene_B=self.scene_B, place=place)
 
 
+def float32_products() -> str:
+    """How PyTorch multiplies float32 matrices on a GPU, and kernels beside it: "tf32" if that is allowed, or "ieee"."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
 class RMSNorm(nn.RMSNorm):
     """RMSNorm in float32 at least, also where autocast hands it bfloat16."""
 
@@ -102,6 +107,7 @@ class GroupedQueryAttention(nn.Module):
             self.log_scale,
             key_count_B=key_count_B,
             key_mask_BS=key_mask_BS,
+            precision=float32_products(),
             impl=impl,
         )
         return self.out_proj(o_BHTD.transpose(1, 2).flatten(2))

@@ -19,7 +19,14 @@ from kernels.attention_columns import KeyValueColumns
 from kernels.gelu import bias_gelu
 from kernels.reduce import JointSums
 from kernels.residual import residual_norm
-from perceiver.blocks import AttentionBlock, DropoutKey, FeedForwardBlock, GroupedQueryAttention, Layer
+from perceiver.blocks import (
+    AttentionBlock,
+    DropoutKey,
+    FeedForwardBlock,
+    GroupedQueryAttention,
+    Layer,
+    float32_products,
+)
 from perceiver.products import Products
 
 
@@ -108,9 +115,8 @@ def _keys_and_values(
     memory_BSC, readers: Sequence[GroupedQueryAttention], products: Products, sums: JointSums
 ) -> KeyValueColumns:
     """The keys and values of the readers, in their order, from one product."""
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     kv_BSX = products.linear(memory_BSC, *_key_value_projections(readers))
-    return KeyValueColumns(kv_BSX, precision=precision, sums=sums)
+    return KeyValueColumns(kv_BSX, precision=float32_products(), sums=sums)
 
 
 def _key_value_projections(readers: Sequence[GroupedQueryAttention]) -> tuple[nn.Linear, ...]:

@@ -18,7 +18,7 @@ from kernels.dispatch import resolve
 from kernels.heads import segment_heads
 from kernels.philox import Place, named_normal, named_uniform
 from kernels.points import point_embedding
-from perceiver.blocks import DropoutKey, GroupedQueryAttention, Layer, RMSNorm, run_layers
+from perceiver.blocks import DropoutKey, GroupedQueryAttention, Layer, RMSNorm, float32_products, run_layers
 from perceiver.fused import fused_layers
 from perceiver.scene import SceneBatch
 from perceiver.tokens import PointTokenizer
@@ -174,7 +174,7 @@ class Perceiver(nn.Module):
 def _product_precision(device: torch.device) -> str:
     """How matrix products are computed here: what autocast and the TF32 switch say."""
     if not torch.is_autocast_enabled(device.type):
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        return float32_products()
     if torch.get_autocast_dtype(device.type) != torch.bfloat16:
         raise ValueError(f"autocast must be to bfloat16, got {torch.get_autocast_dtype(device.type)}")
     return "bf16"

@@ -32,6 +32,24 @@ def test_attention_module_is_its_definition():
     torch.testing.assert_close(module(x, memory), by_hand(module, x, memory))
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_attention_multiplies_float32_as_the_products_beside_it(allowed, monkeypatch):
+    asked = []
+
+    def attend(q_BHTD, *_, **options):
+        asked.append(options["precision"])
+        return q_BHTD
+
+    monkeypatch.setattr("perceiver.blocks.gqa_attention", attend)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        GroupedQueryAttention(64, heads=4, kv_heads=2)(torch.randn(2, 5, 64))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert asked == ["tf32" if allowed else "ieee"]
+
+
 def test_the_example_of_its_docstring_runs():
     (example,) = re.findall(r"For example:\n\n(.*)\n\n    Args:", GroupedQueryAttention.__doc__ or "", re.DOTALL)
     names = {"torch": torch, "GroupedQueryAttention": GroupedQueryAttention}

@@ -127,8 +127,9 @@ def test_joint_sums_have_the_bits_of_operators_that_add_up_alone(device, monkeyp
         patch.setattr(reduce, "sum_each", lambda *arguments: launched.append(len(arguments[0])) or add_up(*arguments))
         outputs_and_gradients.__wrapped__("triton", device)
     assert all(torch.equal(joint[name], alone[name]) for name in joint)
-    # after the heads, of each stack its attentions, its GELUs and its seams, 8 and 3 gains with 3 and 1 biases
-    assert sorted(launched[1:4]) + sorted(launched[4:7]) == [1, 2, 4, 3, 5, 11]
+    # after the heads, of each stack its attentions, its GELUs, the norm of its table, and its other seams: 2 and 7
+    # gains with 1 and 3 biases
+    assert sorted(launched[1:5]) + sorted(launched[5:9]) == [1, 1, 2, 3, 1, 3, 5, 10]
 
 
 @pytest.mark.parametrize("lacking", ["layers", "cross-attention"])

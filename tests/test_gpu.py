@@ -151,7 +151,7 @@ def test_less_time_shortens_what_is_prepared_and_no_turn(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.setattr(gpu, "run_parts", run)
-    turns = {"step": 60, "matching": 15}
+    turns = {"step": 50, "matching": 12}
     for seconds in (300.0, 400.0):
         assert gpu.main(["--out", str(tmp_path), "--only", *turns, "--seconds", str(seconds)]) == 0
         assert seen["alone"] == turns

@@ -171,8 +171,10 @@ def test_a_launch_with_nan_in_any_of_its_results_gets_no_time(wrong):
 
 
 def test_the_short_recipe_has_all_stages_and_asks_for_no_score():
-    recipe = gpu_train.short_recipe(steps=40, scenes=64)
-    assert [stage.until for stage in recipe.stages] == [40, 80, 120]
+    recipe = gpu_train.short_recipe(share=0.02, scenes=64)
+    first, _, last = recipe.stages
+    assert [stage.until for stage in recipe.stages] == [2500, 2700, 3400]
+    assert (first.warmup, last.cooldown_start, last.cooldown_steps) == (200, 3000, 400)
     assert [stage.batch for stage in recipe.stages] == [32, 64, 64]
     assert not recipe.evaluate.score and recipe.stages[2].endpoint_weight > 0
     runs = [{"files": {"a": "1"}, "weights": ["w"]}, {"files": {"a": "1"}, "weights": ["v"]}]
