@@ -57,9 +57,9 @@ PARTS = {
     # some of its peers compile longest
     "step": Part(command=_module("bench.gpu_step"), alone_s=50, niceness=0),
     "matching": Part(command=_module("bench.gpu_speed", "matching", "--processes", "6"), alone_s=12, niceness=5),
-    "attention": Part(command=_module("bench.gpu_speed", "attention", "--processes", "6"), alone_s=30, niceness=5),
-    "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn", "--processes", "6"), alone_s=38, niceness=5),
-    "points": Part(command=_module("bench.gpu_speed", "points"), alone_s=12, niceness=5),
+    "attention": Part(command=_module("bench.gpu_speed", "attention", "--processes", "6"), alone_s=42, niceness=5),
+    "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn", "--processes", "6"), alone_s=28, niceness=5),
+    "points": Part(command=_module("bench.gpu_speed", "points"), alone_s=10, niceness=5),
     "tiles": Part(command=_module("bench.gpu_tiles"), alone_s=60, unasked=False),
     "seams": Part(command=_module("bench.gpu_seams"), alone_s=30, unasked=False),
     "autotune": Part(

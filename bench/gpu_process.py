@@ -67,7 +67,8 @@ class Workers:
 
     Args:
         at_once: how many run at the same time; the others wait. More may be started while they are heard.
-        seconds: for all of them together; of those that wait for their turn, from the first turn on.
+        seconds: for all of them together; of those that wait for their turn, after the time to prepare, also where that
+            was not needed, or from the first turn on if it has no bound.
         prepare: what neither waits for its turn nor has ended after so many seconds is cut.
         meanwhile: called several times a second while they are heard.
 
@@ -93,8 +94,8 @@ class Workers:
         self._started = 0
         # whose turn it is and when it ends, once turns are given
         self._turn: tuple[str, float] | None = None
-        # when the first turn began, how long all may take, and the seconds of those given so far
-        self._first_turn, self._turns_s, self._given_s = now, math.inf, 0.0
+        # how long all turns may take, once they are given
+        self._turns_s = math.inf
 
     def __enter__(self) -> "Workers":
         return self
@@ -118,7 +119,7 @@ class Workers:
         """Queue a command; `environment` is added to this process's.
 
         Args:
-            turn_s: bounds its turn, with what those before it did not use of theirs.
+            turn_s: what its turn gets; it may last longer as long as those after it can have theirs.
             turn_share: of the time for all turns, bounds its turn too. A worker for which either is given is told by
                 when to be prepared, another one by when to have ended.
         """
@@ -200,17 +201,18 @@ class Workers:
             if none_held:
                 return
             ends = wait_for_turn()
-            self._first_turn = time.monotonic()
-            self._deadline = min(self._first_turn + self._seconds, ends - TURN_MARGIN_S)
-            self._turns_s = self._deadline - self._first_turn
+            now = time.monotonic()
+            begin = self._prepared_by if self._prepared_by < math.inf else now
+            self._deadline = min(begin + self._seconds, ends - TURN_MARGIN_S)
+            self._turns_s = self._deadline - now
         elif self._turn[0] in self._running and not self._running[self._turn[0]].held:
             if time.monotonic() < self._turn[1]:
                 return
             yield from self._cut([self._turn[0]])
         if held := [name for name, worker in self._running.items() if worker.held]:
             worker, now = self._running[held[0]], time.monotonic()
-            self._given_s += worker.turn_s
-            bound = max(now + worker.turn_s, self._first_turn + self._given_s)
+            later_s = sum(self._running[name].turn_s for name in held[1:])
+            bound = max(now + worker.turn_s, self._deadline - later_s if later_s < math.inf else now)
             self._turn = held[0], min(bound, now + worker.turn_share * self._turns_s, self._deadline)
             worker.held = False
             _write_whole(worker.turn, repr(self._turn[1]))

@@ -135,7 +135,11 @@ def _bits(found: Results) -> list[str]:
     if train and train["same_bits"] is not None:
         same = "the same bytes" if train["same_bits"] else "other bytes"
         updates = [f"{n:,}" for n in train["updates"]]
-        told.append(f"Three stages of {', '.join(updates[:-1])} and {updates[-1]} updates, trained twice: {same}.")
+        what = f"Three stages of {', '.join(updates[:-1])} and {updates[-1]} updates on {train['scenes']:,} roofs"
+        dev = train["dev_scores"]
+        scores = ", ".join(f"{score:.3f}" for score in dev["hss"])
+        after = f"; HSS after each on {dev['scenes']} other roofs: {scores}" if scores else ""
+        told.append(f"{what}, trained twice: {same}{after}.")
     return ["", " ".join(told)] if told else []
 
 
