@@ -240,6 +240,9 @@ def _norm(x: Tensor) -> Tensor:
     return (x * x).sum(0).clamp(min=1e-30).sqrt()
 
 
+# the tile of FlexAttention where its choice is taken from it
+PINNED: Any = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+
 # Attention: solve(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS) -> o_BHTD; each normalises first
 
 
@@ -262,7 +265,15 @@ def attention_peers() -> list[Peer]:
         for name in backends
     ]
     # as a model has them: the normalisations belong to what is compiled
-    whole = [Peer(name="flex, normalisation compiled", solve=_flex_whole, compiled=True), with_compile(grouped)]
+    whole = [
+        Peer(name="flex, normalisation compiled", solve=_flex_whole, compiled=True),
+        Peer(
+            name="flex, pinned, normalisation compiled",
+            solve=functools.partial(_flex_whole, pinned=True),
+            compiled=True,
+        ),
+        with_compile(grouped),
+    ]
     return [*peers, *forced, *whole, *map(with_graph, (einsum, peers[3], forced[1], peers[4]))]
 
 
@@ -296,9 +307,9 @@ def _flex(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS) -> Tens
     return _flex_compiled()(q_BHTD, k_BGSD, v_BGSD, block_mask=blocks, scale=1.0, enable_gqa=True)
 
 
-def _flex_whole(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS) -> Tensor:
+def _flex_whole(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask_BS, *, pinned: bool = False) -> Tensor:
     blocks = _flex_mask(q_BHTD, k_BGSD, key_count_B)
-    return _flex_whole_compiled()(q_BHTD, k_BGSD, v_BGSD, log_scale_H, blocks)
+    return _flex_whole_compiled(pinned)(q_BHTD, k_BGSD, v_BGSD, log_scale_H, blocks)
 
 
 @functools.cache
@@ -309,12 +320,16 @@ def _flex_compiled() -> Callable[..., Tensor]:
 
 
 @functools.cache
-def _flex_whole_compiled() -> Callable[..., Tensor]:
+def _flex_whole_compiled(pinned: bool) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
+
+    options = PINNED if pinned else None
 
     def attend(q_BHTD, k_BGSD, v_BGSD, log_scale_H, blocks):
         q_BHTD, k_BGSD = _unit(q_BHTD, k_BGSD, log_scale_H)
-        return flex_attention(q_BHTD, k_BGSD, v_BGSD, block_mask=blocks, scale=1.0, enable_gqa=True)
+        return flex_attention(
+            q_BHTD, k_BGSD, v_BGSD, block_mask=blocks, scale=1.0, enable_gqa=True, kernel_options=options
+        )
 
     return torch.compile(attend, fullgraph=True, dynamic=False)
 
