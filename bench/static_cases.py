@@ -36,19 +36,17 @@ class Case:
 
 
 def _iterations(launch: Launch) -> int:
-    whole = (
-        "_sinkhorn_fwd_kernel",
-        "_sinkhorn_bwd_kernel",
-        "_sinkhorn_large_grad_kernel",
-        "_match_segments_fwd_kernel",
-    )
+    if launch.kernel == "_sinkhorn_large_grad_kernel":
+        return ITERATIONS // launch.constants["UNROLL"]
+    whole = ("_sinkhorn_fwd_kernel", "_sinkhorn_bwd_kernel", "_match_segments_fwd_kernel")
     return ITERATIONS if launch.kernel in whole else 1
 
 
 def _sinkhorn_trips(size: int, launch: Launch) -> int:
     """A half-step of a problem beyond one tile walks over all blocks of the other side."""
-    half_steps = ("_sinkhorn_large_fwd_kernel", "_sinkhorn_large_bwd_kernel", "_sinkhorn_large_vectors_kernel")
-    return -(-size // launch.constants["BLOCK"]) if launch.kernel in half_steps else _iterations(launch)
+    names = {"fwd": "OTHER", "bwd": "OTHER", "vectors": "BLOCK"}
+    blocks = {f"_sinkhorn_large_{part}_kernel": constant for part, constant in names.items()}
+    return -(-size // launch.constants[blocks[launch.kernel]]) if launch.kernel in blocks else _iterations(launch)
 
 
 def _sinkhorn(B: int, N: int, M: int, dtype: torch.dtype, *, slack: str, dustbin: bool) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import sinkhorn_small
+from kernels import sinkhorn_large, sinkhorn_small
 from kernels.sinkhorn import sinkhorn
 from tests.accuracy import assert_accurate
 from tests.sinkhorn_problems import KINDS, cast, differentiate, problem, truth_and_eager
@@ -15,6 +15,7 @@ SETTINGS = {"eps": 0.4, "iterations": 2}
 def no_tiles(monkeypatch):
     """Small problems, several blocks each way, go the way of the large ones."""
     monkeypatch.setattr(sinkhorn_small, "MAX_TILE", 0)
+    monkeypatch.setattr(sinkhorn_large, "OTHER", 16)
 
 
 def _solve(arguments: dict, device, **options) -> dict[str, torch.Tensor]:
@@ -24,6 +25,14 @@ def _solve(arguments: dict, device, **options) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_are_as_accurate_as_eager_float32(kind, no_tiles, device):
     arguments = cast(problem(kind, B=2, N=34, M=40), torch.float32)
+    truth, eager = truth_and_eager(arguments, **SETTINGS)
+    for name, value in _solve(arguments, device).items():
+        floor = 4e-6 / SETTINGS["eps"] if name in ("d cost_BNM", "d dustbin") else 0.0
+        assert_accurate(value, truth=truth[name], eager=eager[name], floor=floor, name=name)
+
+
+def test_so_are_those_of_problems_of_several_blocks_as_they_are_launched(device):
+    arguments = cast(problem("weights_with_dustbin", B=1, N=150, M=2 * sinkhorn_large.OTHER + 5), torch.float32)
     truth, eager = truth_and_eager(arguments, **SETTINGS)
     for name, value in _solve(arguments, device).items():
         floor = 4e-6 / SETTINGS["eps"] if name in ("d cost_BNM", "d dustbin") else 0.0
