@@ -202,7 +202,7 @@ class Workers:
                 return
             ends = wait_for_turn()
             now = time.monotonic()
-            begin = self._prepared_by if self._prepared_by < math.inf else now
+            begin = max(now, self._prepared_by) if self._prepared_by < math.inf else now
             self._deadline = min(begin + self._seconds, ends - TURN_MARGIN_S)
             self._turns_s = self._deadline - now
         elif self._turn[0] in self._running and not self._running[self._turn[0]].held:

@@ -190,7 +190,8 @@ def sinkhorn_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return plan, row slack, column slack, (u, v) from the start on and who scales [B].
 
-    The potentials are [B, N+1 + M+1, T+1], in the eager form [B, T+1, N+1 + M+1].
+    The potentials are for the backward alone: [B, N+1 + M+1, T+1], of which the form for large problems keeps the shape
+    and not the order; in the eager form [B, T+1, N+1 + M+1].
     """
     N, M = cost.shape[1:]
     if impl == "triton" and max(N, M) <= sinkhorn_small.MAX_TILE:

@@ -30,9 +30,11 @@ class DropoutKey:
         return dropout(x_BTC, self.rate, seed=self.seed, step=self.step, scene_B=self.scene_B, place=place)
 
 
+# a compiler cannot trace the switch, and compiles again when it is turned
+@torch.compiler.assume_constant_result
 def float32_products() -> str:
     """How PyTorch multiplies float32 matrices on a GPU, and kernels beside it: "tf32" if that is allowed, or "ieee"."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 class RMSNorm(nn.RMSNorm):

@@ -32,22 +32,25 @@ def test_attention_module_is_its_definition():
     torch.testing.assert_close(module(x, memory), by_hand(module, x, memory))
 
 
-@pytest.mark.parametrize("allowed", [False, True])
-def test_attention_multiplies_float32_as_the_products_beside_it(allowed, monkeypatch):
-    asked = []
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_multiplies_float32_as_the_products_beside_it(compiled, monkeypatch):
+    """Whichever of PyTorch's two switches is turned, also after it was compiled."""
+    asked, matmul = [], torch.backends.cuda.matmul
 
     def attend(q_BHTD, *_, **options):
         asked.append(options["precision"])
         return q_BHTD
 
     monkeypatch.setattr("perceiver.blocks.gqa_attention", attend)
-    before = torch.backends.cuda.matmul.allow_tf32
+    module, before = GroupedQueryAttention(64, heads=4, kv_heads=2), matmul.fp32_precision
+    call = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
     try:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-        GroupedQueryAttention(64, heads=4, kv_heads=2)(torch.randn(2, 5, 64))
+        for name, value in (("allow_tf32", True), ("allow_tf32", False), ("fp32_precision", "tf32")):
+            setattr(matmul, name, value)
+            call(torch.randn(2, 5, 64))
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    assert asked == ["tf32" if allowed else "ieee"]
+        matmul.fp32_precision = before
+    assert asked == ["tf32", "ieee", "tf32"]
 
 
 def test_the_example_of_its_docstring_runs():
