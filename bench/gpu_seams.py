@@ -16,6 +16,7 @@ import torch
 from bench.gpu_cases import ITERATIONS, Tensors, segment_inputs
 from bench.gpu_cases_layers import DROPOUT, embed_points, point_inputs, seam_inputs
 from bench.gpu_process import Sheet, note, share
+from bench.gpu_rows import BF16_TOLERANCE, FP32_TOLERANCE
 from bench.gpu_tiles import Caught, run_sweep, time_caught
 from kernels import gelu, matching_triton, points_backward, residual_triton
 from kernels.gelu import bias_gelu
@@ -39,6 +40,7 @@ class Swept:
         partials: places of the sums over segments, whose first axis is added up before they are compared.
         inputs, call: build the operator's inputs for (items, points) and run it, forward and backward.
         candidates: constants of the module that are replaced, one candidate each.
+        tolerance: how far results may be from those of the committed constants, relative to the largest.
     """
 
     module: Any
@@ -48,6 +50,7 @@ class Swept:
     inputs: Callable[[int, int, torch.device], Tensors]
     call: Callable[[Tensors], object]
     candidates: Sequence[Options]
+    tolerance: float = BF16_TOLERANCE
 
 
 def _stream(items: int, _: int, device: torch.device, *, C: int = 256) -> Tensors:
@@ -193,6 +196,7 @@ KERNELS = {
         results=(5, 6, 7, 9),
         inputs=_segments,
         call=_match,
+        tolerance=FP32_TOLERANCE,
         candidates=[
             _matching(maxnreg=None),
             _matching(num_warps=4),
@@ -257,7 +261,7 @@ def time_seams(sheet: Sheet, device: torch.device, shapes: Sequence[str] = tuple
                 try:
                     truth = truth or results(swept, catch(swept, {}, tensors))
                     caught = catch(swept, options, tensors)
-                    cases.append(case | time_caught(caught, results(swept, caught), truth))
+                    cases.append(case | time_caught(caught, results(swept, caught), truth, swept.tolerance))
                 except Exception as refusal:
                     cases.append(case | {"refused": str(refusal).partition("\n")[0][:120]})
             cases.sort(key=lambda case: (case["group"], case.get("cold_median_s", case.get("median_s", 1.0))))

@@ -101,12 +101,14 @@ def results(kernel: str, caught: Caught) -> list[torch.Tensor]:
     return [caught.arguments[i].detach().clone() for i in KERNELS[kernel][2]]
 
 
-def time_caught(caught: Caught, found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> dict[str, Any]:
+def time_caught(
+    caught: Caught, found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor], tolerance: float = BF16_TOLERANCE
+) -> dict[str, Any]:
     """Time a launch alone, or say under "red" that what was found is not what the committed options give."""
     errors = [
         float((x.float() - y.float()).abs().max() / y.float().abs().max()) for x, y in zip(found, truth, strict=True)
     ]
-    if not all(error <= BF16_TOLERANCE for error in errors):
+    if not all(error <= tolerance for error in errors):
         return {"red": f"differs by {', '.join(f'{error:.1e}' for error in errors)} from the committed options"}
 
     def run() -> Sequence[torch.Tensor]:
