@@ -131,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from bench.gpu_targets import format_table
     from bench.results import default_name, installed_versions
 
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__, formatter_class=as_written)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (runs/gpu)")
     parser.add_argument("--parts", type=Path, metavar="DIR", help="folder of the parts' own files (OUT/parts)")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")

@@ -1,6 +1,7 @@
-"""Two short runs of the published recipe on generated roofs, in two processes side by side: the same bits.
+"""Two short runs of the published model on generated roofs, in two processes side by side: the same bits.
 
-All three stages are there, each with the same part of its updates, and the score of each, or why it was not computed.
+All three stages of its recipe are there, each with the same part of its updates, and the score of each, or why it was
+not computed. What a confidence learns, and from which on a segment counts, is the demo's, see `short_recipe`.
 """
 
 import argparse
@@ -17,46 +18,52 @@ from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, end_with_pa
 from perceiver.score import require_scorer
 from train.config import Recipe, load_recipe
 from train.determinism import CUBLAS_WORKSPACE
+from train.evaluate import scores_path
 
 COMPARED = ("trace.jsonl", "metrics.jsonl")
-# from which on a segment counts
-CONFIDENCE = 0.25
+# processes that score
 SCORERS = 4
 
 
 def short_recipe(share: float, scenes: int, recipe: Recipe | None = None) -> Recipe:
-    """The published recipe with a share of its updates and as many generated scenes as it is given; not scored.
+    """Return the published recipe with a share of its updates, on generated scenes.
 
-    After so few updates the matched mass of a true segment is below a half, and a confidence that learns it below the
-    published bound: here it learns whether there is a partner, and counts from the demo's bound on.
+    A confidence that learns the matched mass is under 0.5 after so few updates, and nothing would be scored. Here it
+    learns whether there is a partner, as in the demo, whose bound is taken too.
+
+    Args:
+        share: of the updates of each stage, of its warmup and of its cooldown.
+        scenes: trained on.
+        recipe: in the place of the published one.
+    Raises:
+        ValueError: nothing is left of a stage, or there are no scenes.
     """
-    recipe = recipe or load_recipe("s23dr")
+    recipe, demo = recipe or load_recipe("s23dr"), load_recipe("demo")
 
-    def part(updates: int) -> int:
+    def scaled(updates: int) -> int:
         return round(updates * share)
 
     stages = tuple(
         dataclasses.replace(
             stage,
             data=f"roofs:real?points={points}&scenes={scenes}",
-            until=part(stage.until),
-            warmup=part(stage.warmup),
-            cooldown_start=part(stage.cooldown_start),
-            cooldown_steps=part(stage.cooldown_steps),
+            until=scaled(stage.until),
+            warmup=scaled(stage.warmup),
+            cooldown_start=scaled(stage.cooldown_start),
+            cooldown_steps=scaled(stage.cooldown_steps),
         )
         for stage, points in zip(recipe.stages, (2048, 4096, 4096), strict=True)
     )
-    evaluation = dataclasses.replace(recipe.evaluate, every=0, score=False, workers=SCORERS)
-    often = min(50, part(recipe.stages[0].until))
+    interval = min(50, scaled(recipe.stages[0].until))
     return dataclasses.replace(
         recipe,
         name="short",
         stages=stages,
-        loss=dataclasses.replace(recipe.loss, conf_target="partner"),
-        postprocess=dataclasses.replace(recipe.postprocess, confidence=CONFIDENCE),
-        evaluate=evaluation,
-        log_every=often,
-        trace_every=often,
+        loss=dataclasses.replace(recipe.loss, conf_target=demo.loss.conf_target),
+        postprocess=dataclasses.replace(recipe.postprocess, confidence=demo.postprocess.confidence),
+        evaluate=dataclasses.replace(recipe.evaluate, every=0, workers=SCORERS),
+        log_every=interval,
+        trace_every=interval,
     )
 
 
@@ -82,24 +89,27 @@ def _why_unscored() -> str | None:
 
 
 def summarize(run_dir: Path) -> dict[str, Any]:
-    """What two runs are compared by, and how fast this one was."""
+    """What two runs are compared by, what came of them and how fast this one was."""
     files = {name: hashlib.sha256((run_dir / name).read_bytes()).hexdigest() for name in COMPARED}
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     speeds = [json.loads(line) for line in (run_dir / "speed.jsonl").read_text().splitlines()]
     stages = [line for line in metrics if line["kind"] == "stage"]
     scores = [round(line["hss_mean"], 6) for line in stages if "hss_mean" in line]
-    losses = [round(line["loss"], 4) for line in metrics if line["kind"] == "train"]
+    losses = [[line["step"], round(line["loss"], 4)] for line in metrics if line["kind"] == "train"]
+    path = scores_path(run_dir, "dev")
+    scored = json.loads(path.read_text()) if path.exists() else {"yardsticks": {}}
+    yardsticks = {name: round(summary["hss_mean"], 6) for name, summary in scored["yardsticks"].items()}
     return {
         "files": files,
         "weights": [line["weights"] for line in stages],
-        "dev_scores": {"scenes": stages[0]["scenes"], "hss": scores},
+        "dev_scores": {"scenes": stages[0]["scenes"], "hss": scores, "yardsticks": yardsticks},
         "loss": losses[:: max(len(losses) // 12, 1)],
         "speed": speeds[-3:],
     }
 
 
 def compare(found: list[dict[str, Any]]) -> bool | None:
-    """Whether the runs agree in every byte; None as long as there is one."""
+    """Whether the runs agree in every byte; None with fewer than two."""
     if len(found) < 2:
         return None
     return all(run["files"] == found[0]["files"] and run["weights"] == found[0]["weights"] for run in found)
@@ -107,14 +117,17 @@ def compare(found: list[dict[str, Any]]) -> bool | None:
 
 def main() -> int:
     """Run the part; exit code 0 only if both runs came to their end with the same bits."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_train")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--share", type=float, default=0.02, help="of the published recipe's updates")
-    parser.add_argument("--scenes", type=int, default=2048)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_train", description=__doc__)
+    parser.add_argument("--out", type=Path, help="the file that keeps what is found")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time for both runs")
+    parser.add_argument("--share", type=float, default=0.02, help="of the published recipe's updates (0.02)")
+    parser.add_argument("--scenes", type=int, default=2048, help="generated roofs to train on (2048)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    recipe = short_recipe(options.share, options.scenes)
+    try:
+        recipe = short_recipe(options.share, options.scenes)
+    except ValueError as error:
+        parser.error(str(error))
     if options.worker:
         end_with_parent()
         note(**train_once(recipe, Path(options.worker)))
@@ -128,8 +141,8 @@ def main() -> int:
     command = [sys.executable, "-m", "bench.gpu_train", "--share", str(options.share), "--scenes", str(options.scenes)]
     with tempfile.TemporaryDirectory() as scratch, Workers(seconds=options.seconds, at_once=2) as workers:
         for name in ("first", "second"):
-            fixed = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE}
-            workers.start(name, [*command, "--worker", f"{scratch}/{name}"], fixed)
+            environment = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE}
+            workers.start(name, [*command, "--worker", f"{scratch}/{name}"], environment)
         for name, heard in workers:
             if not isinstance(heard, Ended):
                 content["runs"].append(heard)

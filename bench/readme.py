@@ -139,7 +139,8 @@ def _bits(found: Results) -> list[str]:
         dev = train["dev_scores"]
         scores = ", ".join(f"{score:.3f}" for score in dev["hss"])
         after = f"; HSS after each on {dev['scenes']} other roofs: {scores}" if scores else ""
-        told.append(f"{what}, trained twice: {same}{after}.")
+        beside = ", ".join(f"{name.replace('_', ' ')} {score:.3f}" for name, score in dev.get("yardsticks", {}).items())
+        told.append(f"{what}, trained twice: {same}{after}{f' ({beside})' if beside else ''}.")
     return ["", " ".join(told)] if told else []
 
 

@@ -170,13 +170,15 @@ def test_a_launch_with_nan_in_any_of_its_results_gets_no_time(wrong):
     assert "median_s" in gpu_tiles.time_caught(gpu_tiles.Caught(None), truth, truth)
 
 
-def test_the_short_recipe_has_all_stages_and_asks_for_no_score():
+def test_the_short_recipe_has_all_stages_and_the_confidences_of_the_demo():
     recipe = gpu_train.short_recipe(share=0.02, scenes=64)
     first, _, last = recipe.stages
     assert [stage.until for stage in recipe.stages] == [2500, 2700, 3400]
     assert (first.warmup, last.cooldown_start, last.cooldown_steps) == (200, 3000, 400)
     assert [stage.batch for stage in recipe.stages] == [32, 64, 64]
-    assert not recipe.evaluate.score and recipe.stages[2].endpoint_weight > 0
+    assert (recipe.loss.conf_target, recipe.postprocess.confidence) == ("partner", 0.25) and last.endpoint_weight > 0
+    with pytest.raises(ValueError, match="until must be at least 1, got 0"):
+        gpu_train.short_recipe(share=0, scenes=64)
     runs = [{"files": {"a": "1"}, "weights": ["w"]}, {"files": {"a": "1"}, "weights": ["v"]}]
     assert gpu_train.compare(runs[:1]) is None and gpu_train.compare(runs) is False
     assert gpu_train.compare([runs[0], runs[0]]) is True
