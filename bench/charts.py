@@ -16,11 +16,12 @@ _WIDTH = 860
 
 
 class Bar(NamedTuple):
-    """One ratio: above 1 the peer takes longer than ours; noise is a ratio inside the spread."""
+    """One ratio: above 1 the peer takes longer than ours; noise is one inside the spread, wall one of wall times."""
 
     label: str
     ratio: float
     noise: bool
+    wall: bool = False
 
 
 class Point(NamedTuple):
@@ -40,7 +41,7 @@ def ratio_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]]) -> str:
     bars = [bar for _, group in groups for bar in group]
     if not bars:
         raise ValueError("groups must hold at least one bar")
-    left, right, top = 300, 60, 76
+    left, right, top = 300, 84, 76
     axis = _Axis([1.0, *(bar.ratio for bar in bars)], left, _WIDTH - right)
     parts, y = [], top
     for name, group in groups:
@@ -49,19 +50,28 @@ def ratio_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]]) -> str:
         for bar in group:
             y += 19
             begin, end = sorted((axis(1.0), axis(bar.ratio)))
-            colour = GREY if bar.noise else BLUE if bar.ratio > 1 else ORANGE
             parts.append(_text(left - 10, y, bar.label, anchor="end"))
-            parts.append(f'<rect x="{begin:.1f}" y="{y - 11}" width="{end - begin:.1f}" height="13" fill="{colour}"/>')
-            parts.append(_text(end + 5, y, f"{bar.ratio:.2f}", size=11))
+            shape = f'x="{begin:.1f}" y="{y - 11}" width="{end - begin:.1f}" height="13"'
+            parts.append(f'<rect {shape} fill="{_colour(bar)}"/>')
+            parts.append(_text(end + 5, y, f"{bar.ratio:.2f}{' (wall)' * bar.wall}", size=11))
     bottom = y + 14
     grid = [line for tick in axis.ticks for line in _grid_x(axis(tick), top, bottom, f"{tick:g}×")]
     one = f'<line x1="{axis(1.0):.1f}" y1="{top}" x2="{axis(1.0):.1f}" y2="{bottom}" stroke="{INK}"/>'
     key = [(BLUE, "ours is faster"), (ORANGE, "ours is slower"), (GREY, "inside the spread")]
-    return _svg(bottom + 30, [_text(16, 28, title, size=16, weight="bold"), *_legend(key, 52), *grid, *parts, one])
+    used = [entry for entry in key if entry[0] in map(_colour, bars)]
+    told = _text((left + _WIDTH - right) / 2, bottom + 36, "time of the peer over ours, logarithmic", anchor="middle")
+    head = [_text(16, 28, title, size=16, weight="bold"), *_legend(used, 52)]
+    return _svg(bottom + 50, [*head, *grid, *parts, one, told])
 
 
-def scaling_chart(title: str, panels: Sequence[tuple[str, Mapping[str, Sequence[Point]]]]) -> str:
-    """Draw one panel per sweep: time over size, a curve per peer, bars for the spread.
+def _colour(bar: Bar) -> str:
+    return GREY if bar.noise else BLUE if bar.ratio > 1 else ORANGE
+
+
+def scaling_chart(
+    title: str, panels: Sequence[tuple[str, Mapping[str, Sequence[Point]]]], remark: str | None = None
+) -> str:
+    """Draw one panel per sweep: time over size, a curve per peer, bars for the spread; below them a remark.
 
     Raises:
         ValueError: there is no panel, or one without a point.
@@ -82,10 +92,11 @@ def scaling_chart(title: str, panels: Sequence[tuple[str, Mapping[str, Sequence[
             parts += _grid_x(x(size), top, bottom, f"{size:g}")
         parts += [line for tick in y.ticks for line in _grid_y(y(tick), left, left + width, f"{tick:g}")]
         parts.append(_text(left + width / 2, bottom + 38, label, anchor="middle"))
-        parts.append(_text(left - 46, top - 8, "ms", size=11))
+        parts.append(_text(left - 46, top - 8, "ms; both axes are logarithmic", size=11))
         for name, curve in curves.items():
             parts += _curve(sorted(curve), x, y, colours[name])
-    return _svg(bottom + 56, parts)
+    parts += [_text(16, bottom + 62, remark)] if remark else []
+    return _svg(bottom + (80 if remark else 56), parts)
 
 
 class _Axis:

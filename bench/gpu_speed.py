@@ -106,7 +106,8 @@ def check_row(
 
 
 def _title(problem: Problem, peer: Peer) -> dict[str, Any]:
-    return {"suite": problem.suite, "group": problem.group, "name": peer.name, "peer": peer.name}
+    title = {"suite": problem.suite, "group": problem.group, "name": peer.name, "peer": peer.name}
+    return title | ({"version": version} if (version := peer.version()) else {})
 
 
 def time_rows(pairs: Sequence[tuple[Problem, Peer]], device: torch.device) -> Iterator[dict[str, Any]]:

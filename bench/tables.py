@@ -1,7 +1,7 @@
 """Tables and charts of all result files, as `python -m bench report` writes them into docs/.
 
 Written are docs/benchmarks.md and, per device, a chart of ratios and a scaling curve per operator. Equal result files
-give equal bytes. A ratio is the peer's median over ours: above 1 ours is faster; one inside both spreads is noise.
+give equal bytes. A ratio is the peer's time over ours on a clock that both have (`bench.spread.ratio`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from pathlib import Path
 from bench.charts import Bar, Point, ratio_chart, scaling_chart
 from bench.peers import OURS, balanced_peers
 from bench.results import Case, Results, measured, read_results
-from bench.spread import judge
+from bench.spread import Ratio, ratio, time_text
 
 OPERATORS = {
     "sinkhorn": "Sinkhorn",
@@ -25,14 +25,23 @@ OPERATORS = {
     "evaluate": "Evaluation",
     "trace": "Evidence",
 }
-_GRAPH = ", CUDA graph"
+_GRAPH, _BOTH = ", CUDA graph", ", forward and backward"
 _HEAD = """# Benchmarks
 
-Made by `python -m bench report` from the files in `bench/results`; do not edit. Every row first showed its result to be
-right, against float64. A ratio is the peer's median over ours in the same table: above 1 ours is faster. Spread is the
-distance of the quartiles; a ratio inside both spreads is noise. The error is the largest one of any output or gradient,
-relative to its largest true value. Memory is what a call held at most beside its inputs. "First call" includes
-compilation.
+Made by `python -m bench report` from the files in `bench/results`; do not edit. Every row with an error first showed
+its result to be right, against float64: the error is the largest one of any output or gradient, relative to its largest
+true value. Spread is the distance of the quartiles. Memory is what a call held at most beside its inputs. "First call"
+includes compilation. An empty cell was not measured or means nothing there; in a row without an error no result was
+compared with float64.
+
+On a CPU a median is the wall time of a call, and of a training step anywhere that of updates one after the other. Of an
+operator on a GPU it is the time of replays of a CUDA graph ("clock: graph"): its kernels alone, with inputs that may
+still lie in the L2 cache; "cold" is a replay from a flushed L2 cache, "launched one by one" the wall time of a call
+without a graph, Python included. What no graph can hold is timed launch by launch ("clock: stream").
+
+A ratio is the peer's median over ours in the same table: above 1 ours is faster; one inside both spreads is noise.
+Where one of the two is no replay of a graph, wall times are divided ("wall"), whose spread is not known; where they are
+not known either there is no ratio.
 """
 
 
@@ -56,16 +65,16 @@ def write_report(devices: Mapping[str, Results]) -> dict[str, str]:
     files, page = {}, [_HEAD]
     for device, results in devices.items():
         page += [f"## {device}", "", _describe(results), ""]
-        named = [(group.removesuffix(", forward and backward"), rows) for group, rows in tables(results["cases"])]
+        named = [(group.removesuffix(_BOTH), rows) for group, rows in tables(results["cases"])]
         bars = [(name, bars) for name, rows in named if (bars := _bars(rows))]
         if bars:
-            title = f"{device}: time of the peer over ours, forward and backward"
+            title = f"{device}: time of the peer over ours (operators: forward and backward, or as named)"
             files[f"{device}-ratios.svg"] = ratio_chart(title, bars)
             page += [f"![ratios]({device}-ratios.svg)", ""]
         for suite, cases in groupby(sorted(results["cases"], key=_place), key=lambda case: case["suite"]):
             cases = list(cases)
             page += [f"### {OPERATORS.get(suite, suite)}", ""]
-            if chart := _scaling(f"{device}: {suite}, forward and backward", cases):
+            if chart := _scaling(f"{device}: {suite}{_BOTH}", cases):
                 files[f"{device}-{suite}-scaling.svg"] = chart
                 page += [f"![scaling]({device}-{suite}-scaling.svg)", ""]
             for group, rows in tables(cases):
@@ -94,16 +103,16 @@ def _baseline(case: Case, rows: Sequence[Case]) -> Case | None:
     return next((row for row in measured(rows) if row["peer"] == name), None)
 
 
-def _ratio(case: Case, rows: Sequence[Case]) -> tuple[float, bool] | None:
-    """Return the peer's time over ours and whether it is noise; none for ours or without a number."""
+def _ratio(case: Case, rows: Sequence[Case]) -> Ratio | None:
+    """None for ours, without a number, or without a clock in common."""
     ours = _baseline(case, rows)
     if ours is None or "median_s" not in case or case["peer"].startswith(OURS.name):
         return None
-    return case["median_s"] / ours["median_s"], judge(ours, case) == "noise"
+    return ratio(ours, case)
 
 
 def _bars(rows: Sequence[Case]) -> list[Bar]:
-    if not rows[0]["group"].endswith(("forward and backward", "balanced and dense, forward")):
+    if rows[0]["suite"] != "step" and not rows[0]["group"].endswith((_BOTH, "balanced and dense, forward")):
         return []
     ratios = [(case["peer"], _ratio(case, rows)) for case in rows]
     return [Bar(peer, *ratio) for peer, ratio in ratios if ratio]
@@ -115,32 +124,52 @@ def _scaling(title: str, cases: Sequence[Case]) -> str | None:
         if "sweep" in case:
             point = Point(case["size"], case["median_s"], case["iqr_s"])
             panels.setdefault(case["sweep"], {}).setdefault(case["peer"], []).append(point)
-    return scaling_chart(title, sorted(panels.items())) if panels else None
+    if not panels:
+        return None
+    swept = {peer for curves in panels.values() for peer in curves}
+    missing = sorted({peer for _, rows in tables(cases) if (peer := _fastest_peer(rows)) and peer not in swept})
+    remark = f"fastest in a table below, but not swept: {'; '.join(missing)}" if missing else None
+    return scaling_chart(title, sorted(panels.items()), remark)
+
+
+def _fastest_peer(rows: Sequence[Case]) -> str | None:
+    """Whom ours is put to forward and backward, as the curves are."""
+    others = [case for case in measured(rows) if not case["peer"].startswith(OURS.name)]
+    return others[0]["peer"] if others and rows[0]["group"].endswith(_BOTH) else None
 
 
 def _table(rows: Sequence[Case], everything: Sequence[Case]) -> list[str]:
-    on_device = any("device_median_s" in case for case in rows)
-    head = ["who", "median", "spread", "ratio", *(["on the device"] if on_device else [])]
-    head += ["error", "same bits twice", "memory", "first call", "note"]
+    clocks = {"on the device": "device_median_s", "cold": "cold_median_s"}
+    clocks = {title: clock for title, clock in clocks.items() if any(clock in case for case in rows)}
+    head = ["who", "median", "spread", "ratio", *clocks, "error", "same bits twice", "memory", "first call", "note"]
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---', *['---:'] * (len(head) - 2), '---'])} |"]
     for case in rows:
         if "median_s" not in case:
             reason = case.get("refused") or f"**red: {case.get('red', 'no result')}**"
-            lines.append(f"| {case['peer']} |{' |' * (len(head) - 2)} {_cell(reason)} |")
+            notes = [_cell(reason), *([_escaped(case["note"])] if "note" in case else [])]
+            lines.append(f"| {case['peer']} |{' |' * (len(head) - 2)} {', '.join(notes)} |")
             continue
-        ratio = _ratio(case, rows)
         cells = [case["peer"], time_text(case["median_s"]), time_text(case["iqr_s"])]
-        cells.append("" if ratio is None else f"{ratio[0]:.2f} (noise)" if ratio[1] else f"**{ratio[0]:.2f}**")
-        cells += [time_text(case["device_median_s"]) if "device_median_s" in case else ""] if on_device else []
+        cells.append(_ratio_text(_ratio(case, rows)))
+        cells += [time_text(case[clock]) if clock in case else "" for clock in clocks.values()]
         cells += [case.get("error", ""), {True: "yes", False: "no", None: ""}[case.get("same_bits")]]
         cells += [f"{case['peak_mb']:.1f} MB" if "peak_mb" in case else ""]
-        cells += [f"{case['first_call_s']:.2f} s" if "first_call_s" in case else "", _note(case, everything)]
+        cells += [f"{case['first_call_s']:.2f} s" if "first_call_s" in case else ""]
+        cells += [_escaped(_note(case, everything))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
+def _ratio_text(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return ""
+    if ratio.noise or ratio.wall:
+        return f"{ratio.value:.2f} ({'noise' if ratio.noise else 'wall'})"
+    return f"**{ratio.value:.2f}**"
+
+
 def _note(case: Case, everything: Sequence[Case]) -> str:
-    """What else a number says: rates, a share of a step, a time per row."""
+    """What else a number says: rates, a share of a step, a time per row; last what was noted by hand."""
     notes, seconds = [], case["median_s"]
     if "clock" in case:
         notes.append(f"clock: {case['clock']}")
@@ -159,19 +188,15 @@ def _note(case: Case, everything: Sequence[Case]) -> str:
         notes.append(f"{100 * seconds / step[0]['median_s']:.2g} % of {case['share_of']}")
     if "trace_every" in case:
         notes.append(f"once in {case['trace_every']} steps")
-    return ", ".join(notes)
-
-
-def time_text(seconds: float) -> str:
-    """Return a time with three digits in a unit that suits it."""
-    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= factor:
-            return f"{float(f'{seconds / factor:.3g}'):g} {unit}"
-    return f"{float(f'{seconds / 1e-6:.3g}'):g} µs"
+    return ", ".join([*notes, *([case["note"]] if "note" in case else [])])
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")[:160]
+    return _escaped(text[:160])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _describe(results: Results) -> str:
@@ -189,9 +214,18 @@ def _describe(results: Results) -> str:
 def _peer_table(devices: Mapping[str, Results]) -> list[str]:
     """The libraries that are peers; plain PyTorch and torch.compile compute identical mathematics."""
     cases = [case for results in devices.values() for case in results["cases"]]
-    found = {case["peer"]: case.get("version") or case.get("refused") for case in cases}
     lines = ["| peer | package | version | licence | what differs |", "| --- | --- | --- | --- | --- |"]
     for peer in balanced_peers():
-        version = found.get(peer.name) or "not measured"
-        lines.append(f"| {peer.name} | {peer.package} | {version} | {peer.licence} | {peer.differs} |")
+        version = _version([case for case in cases if case["peer"] == peer.name])
+        cells = [peer.name, str(peer.package), version, peer.licence, peer.differs]
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return [*lines, "", "All other peers are PyTorch (BSD-3-Clause), with identical mathematics."]
+
+
+def _version(cases: Sequence[Case]) -> str:
+    """Every known version of those that were measured; without one, why there is none."""
+    if versions := sorted({case["version"] for case in cases if "version" in case}):
+        return ", ".join(versions)
+    if measured(cases):
+        return "not recorded"
+    return next((case["refused"] for case in cases if "refused" in case), "not measured")

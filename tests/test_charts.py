@@ -58,3 +58,16 @@ def test_charts_without_values_are_refused():
     for panels in ([], [("batch", {"ours": []})]):
         with pytest.raises(ValueError, match="panels must hold at least one point"):
             scaling_chart("t", panels)
+
+
+def test_the_key_names_the_colours_that_are_drawn_and_axes_say_that_they_are_logarithmic():
+    one_sided = ratio_chart("t", [("g", [Bar("slow", 4.0, False)])])
+    assert "ours is faster" in texts(one_sided) and not {"ours is slower", "inside the spread"} & set(texts(one_sided))
+    assert {"ours is faster", "ours is slower", "inside the spread"} <= set(texts(ratio_chart("t", BARS)))
+    for svg in (one_sided, scaling_chart("t", CURVES)):
+        assert any("logarithmic" in text for text in texts(svg))
+
+
+def test_a_ratio_of_wall_times_and_a_remark_are_told():
+    assert "13.20 (wall)" in texts(ratio_chart("t", [("g", [Bar("slow", 13.2, False, True)])]))
+    assert "not swept" in texts(scaling_chart("t", CURVES, "not swept"))

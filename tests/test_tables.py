@@ -117,3 +117,60 @@ def test_only_files_of_suites_are_read(tmp_path):
     (tmp_path / "run.json").write_text('{"recipe": "demo"}')
     with pytest.raises(ValueError, match="must hold at least one result file of a suite"):
         read_devices(tmp_path)
+
+
+def on_gpu(peer, median, clock="graph", **notes):
+    group, suite = "sinkhorn, balanced and dense, forward", "sinkhorn"
+    return case(peer, median, 1e-9, group=group, suite=suite, clock=clock, cold_median_s=2 * median, **notes)
+
+
+def test_kernels_time_is_not_compared_with_what_python_launches():
+    ours = on_gpu("ridgeline", 1e-5, wall_median_s=2e-4)
+    waits = on_gpu("slow", 8e-3, "stream: it waits", wall_median_s=1e-2)
+    files = report(ours, waits, on_gpu("no wall", 3e-3, "stream: it waits"), on_gpu("einsum", 3e-5))
+    assert row(files, "slow")[3] == "50.00 (wall)" and row(files, "no wall")[3] == ""
+    assert row(files, "einsum")[3] == "**3.00**"
+    assert ">50.00 (wall)</text>" in files["cpu-ratios.svg"] and "no wall" not in files["cpu-ratios.svg"]
+
+
+def test_a_table_of_operators_on_a_gpu_tells_the_time_from_a_cold_cache():
+    files = report(on_gpu("ridgeline", 1e-5), case("einsum", 3.0))
+    assert row(files, "ridgeline")[4] == "20 µs"
+    assert files["benchmarks.md"].count("| cold |") == 1
+
+
+def test_a_training_step_has_bars():
+    steps = [case(peer, median, suite="step", group="training step") for peer, median in (("ridgeline", 1), ("x", 5))]
+    assert ">5.00</text>" in report(*steps)["cpu-ratios.svg"]
+
+
+def test_a_note_of_a_case_stands_in_its_row_and_breaks_none():
+    files = report(OURS | {"note": "before | after"}, case("flex", refused="not here") | {"note": "by hand"})
+    assert row(files, "ridgeline")[-2:] == ["2 GFLOP/s, before \\", "after"]
+    assert row(files, "flex")[-1] == "not here, by hand"
+
+
+def test_a_known_version_of_a_peer_is_kept_whatever_other_devices_know():
+    known = case("GeomLoss", 1.0, version="0.3.1", suite="sinkhorn", group="s")
+    gone = case("POT, sinkhorn", suite="sinkhorn", group="s", refused="not installed")
+    timed = [case(peer, 1.0, suite="sinkhorn", group="s") for peer in ("GeomLoss", "POT, sinkhorn")]
+    devices = {"a": merge(None, [known, gone], MACHINE), "b": merge(None, timed, MACHINE)}
+    page = write_report(devices)["benchmarks.md"]
+    assert "| GeomLoss | geomloss | 0.3.1 |" in page and "| POT, sinkhorn | POT | not recorded |" in page
+
+
+def test_every_row_of_the_peers_has_as_many_cells_as_its_head():
+    _, _, table = report(OURS)["benchmarks.md"].partition("## Peers")
+    rows = [line.replace("\\|", "") for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) > 2 and {line.count("|") for line in rows} == {6}
+
+
+def test_curves_name_the_fastest_peer_that_has_none():
+    swept = [
+        case(peer, 0.1, group=f"attention, sweep in keys, {size}, forward and backward", sweep="keys", size=size)
+        for peer in ("ridgeline", "einsum")
+        for size in (1, 8)
+    ]
+    files = report(OURS, case("einsum", 3.0), case("sdpa", 2.0), *swept)
+    assert "fastest in a table below, but not swept: sdpa<" in files["cpu-attention-scaling.svg"]
+    assert "not swept" not in report(OURS, case("einsum", 3.0), *swept)["cpu-attention-scaling.svg"]
