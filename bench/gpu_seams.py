@@ -103,8 +103,8 @@ def _segments(items: int, _: int, device: torch.device) -> Tensors:
 
 
 def _match(tensors: Tensors) -> None:
-    leaves = (tensors[name].detach().requires_grad_() for name in ("mid_BN3", "dir_BN3", "len_BN"))
-    match_segments(*leaves, tensors["gt_BM23"], tensors["count_B"], iterations=ITERATIONS, impl="triton")
+    mid, dir_, length = (tensors[name].detach().requires_grad_() for name in ("mid_BN3", "dir_BN3", "len_BN"))
+    match_segments(mid, dir_, length, tensors["gt_BM23"], tensors["count_B"], iterations=ITERATIONS, impl="triton")
 
 
 def _residual(rows: int, warps: int, **others: int) -> Options:

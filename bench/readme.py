@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench.peers import OURS
 from bench.results import RESULTS, Case, Results, measured, read_results
+from bench.spread import ratio
 from bench.tables import read_devices, tables, time_text
 
 README = Path(__file__).parent.parent / "README.md"
@@ -77,8 +78,8 @@ def operators(results: Path) -> str:
     ]
     if not rows:
         return "No operator has been timed yet."
-    head = "| device | forward and backward | ours | fastest peer | takes | error of ours | same bits twice |"
-    return "\n".join([head, "| --- | --- | --- | --- | --- | --- | --- |", *rows])
+    head = "| device | forward and backward | items | ours | cold | fastest peer timed | it takes | error | same bits |"
+    return "\n".join([head, f"|{' --- |' * 9}", *rows])
 
 
 def _row(cases: list[Case]) -> str:
@@ -87,8 +88,16 @@ def _row(cases: list[Case]) -> str:
         (case for case in measured(cases) if not case["peer"].startswith(OURS.name)), key=lambda case: case["median_s"]
     )
     name, bits = ours["group"].removesuffix(", forward and backward"), "yes" if ours.get("same_bits") else "no"
-    times = f"{time_text(ours['median_s'])} | {rival['peer']} | {rival['median_s'] / ours['median_s']:.2f} times ours"
-    return f"{name} | {times} | {ours['error']} | {bits}"
+    items = " ".join(
+        str(ours[key]).replace("bfloat", "bf").replace("float", "fp")
+        for key in ("items", "dtype", "precision")
+        if key in ours
+    )
+    cold = time_text(ours["cold_median_s"]) if "cold_median_s" in ours else ""
+    against = (
+        f"{rival['peer']} | {found.value:.2f} times ours" if (found := ratio(ours, rival)) else f"{rival['peer']} | "
+    )
+    return f"{name} | {items} | {time_text(ours['median_s'])} | {cold} | {against} | {ours['error']} | {bits}"
 
 
 def gpus(results: Path) -> str:

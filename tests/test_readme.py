@@ -46,6 +46,7 @@ def test_a_number_that_was_changed_by_hand_is_found():
 def test_an_operator_is_shown_against_its_fastest_peer(tmp_path):
     group = "attention, cross 256x2048, forward and backward"
     notes = {"suite": "attention", "group": group, "iqr_s": 0.0, "error": "1.0e-06", "same_bits": True}
+    notes |= {"items": 4, "dtype": "bfloat16", "cold_median_s": 0.021}
     cases = [
         {**notes, "name": peer, "peer": peer, "median_s": median}
         for peer, median in (("ridgeline", 0.02), ("slow", 0.5), ("fast", 0.03), ("ridgeline, CUDA graph", 0.001))
@@ -53,7 +54,7 @@ def test_an_operator_is_shown_against_its_fastest_peer(tmp_path):
     demo = [{**case, "group": group.replace("cross", "demo")} for case in cases]
     write_results(tmp_path / "cpu.json", merge(None, [*cases, *demo], {"cores": 2, "torch": "2.13.0"}))
     *_, row = operators(tmp_path).splitlines()
-    assert row == "| cpu | attention, cross 256x2048 | 20 ms | fast | 1.50 times ours | 1.0e-06 | yes |"
+    assert row == "| cpu | attention, cross 256x2048 | 4 bf16 | 20 ms | 21 ms | fast | 1.50 times ours | 1.0e-06 | yes |"
     write_results(tmp_path / "cpu.json", merge(None, cases[:1], {"cores": 2, "torch": "2.13.0"}))
     assert operators(tmp_path) == "No operator has been timed yet."
 
