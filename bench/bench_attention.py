@@ -29,7 +29,7 @@ SHAPES = {
 }
 # torch.compile takes longer than all else on a CPU
 COMPILED_SHAPES = tuple(SHAPES) if ON_GPU else ("cross 256x2048",)
-SWEPT = ("ridgeline", "einsum", "sdpa, expanded")
+SWEPT = ("ridgeline", "einsum", "sdpa, expanded", "sdpa, grouped")
 BATCHES = (1, 4, 16, 64, 256) if ON_GPU else (1, 2, 4, 8, 16)
 KEYS = (256, 512, 1024, 2048, 4096)
 PEERS = by_name(*ours(lambda *tensors: gqa_attention(*tensors[:4], key_count_B=tensors[4])), *attention_peers())
