@@ -37,13 +37,13 @@ from kernels.sinkhorn_blocks import (
 from kernels.sinkhorn_layout import INF, col_offsets, divide_or_zero, row_offsets
 from kernels.sinkhorn_small import load_masses
 
-# a half-step: rows (or columns) that a program owns
+# rows (or columns) that a program of a half-step owns
 OWN = 16
-# columns (or rows) that it takes at a time
+# columns (or rows) that such a program takes at a time
 OTHER = 128
-# its warps; all other launches have Triton's four
+# warps of such a program; all others have Triton's four
 WARPS = 8
-# plan and gradient of the costs, a program per tile: rows and columns of a tile
+# rows, and columns, of a tile of the plan or of the costs' gradient, which has a program to itself
 TILE = 32
 # iterations whose vectors a tile of the gradient loads together
 UNROLL = 4
