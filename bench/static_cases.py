@@ -48,7 +48,7 @@ def _iterations(launch: Launch) -> int:
 
 def _sinkhorn_trips(size: int, launch: Launch) -> int:
     """A half-step of a problem beyond one tile walks over all blocks of the other side."""
-    names = {"fwd": "OTHER", "bwd": "OTHER", "vectors": "BLOCK"}
+    names = {"fwd": "OTHER", "bwd": "OTHER", "marginals": "BLOCK"}
     blocks = {f"_sinkhorn_large_{part}_kernel": constant for part, constant in names.items()}
     return -(-size // launch.constants[blocks[launch.kernel]]) if launch.kernel in blocks else _iterations(launch)
 

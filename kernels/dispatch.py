@@ -1,13 +1,17 @@
 """Which form of an operator runs, and for which GPUs its launches are: the one place that decides.
 
+Also the checks that operators share.
+
 "eager"    PyTorch on whatever device the tensors are on
 "triton"   the kernels: on a CUDA device, or on CPU tensors under the interpreter or the offline driver
 "auto"     triton on CUDA and under the offline driver, where CPU tensors stand for those of a GPU; else eager
 """
 
+import operator
 import os
 import reprlib
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -48,6 +52,37 @@ def require_tensors(**arguments: Any) -> None:
 def require_tensors_or_none(**arguments: Any) -> None:
     """Refuse what is neither a tensor nor left out, see `require_tensors`."""
     require_tensors(**{name: value for name, value in arguments.items() if value is not None})
+
+
+def as_number(name: str, value: Any) -> float:
+    """Return a number, numpy's floats included, as the plain float that an operator takes.
+
+    Raises:
+        ValueError: naming the argument; of a tensor too, which would lose its gradient on the way into the operator.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {_described(value)}")
+    return float(value)
+
+
+def as_count(name: str, value: Any) -> int:
+    """Return an integer of at least 1, numpy's included, as the plain int that an operator takes.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    try:
+        count = 0 if isinstance(value, bool | torch.Tensor) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {_described(value)}")
+    return count
+
+
+def _described(value: Any) -> str:
+    # to print the values of a GPU's tensor would wait for it
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else reprlib.repr(value)
 
 
 def kernels_accept_cpu() -> bool:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import require_tensors, resolve, values_are_readable
+from kernels.dispatch import as_count, as_number, require_tensors, resolve, values_are_readable
 from kernels.matching_eager import match_segments_backward_eager, match_segments_forward_eager
 from kernels.matching_triton import match_segments_backward_triton, match_segments_forward_triton
 from kernels.registration import operator
@@ -103,7 +103,7 @@ def match_segments(
     require_tensors(mid=mid_BN3, dir=dir_BN3, len=len_BN, gt=gt_BM23, gt_count=gt_count_B)
     impl = resolve(impl, mid_BN3.device)
     _check_tensors(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, impl)
-    _check_settings(settings)
+    settings = _checked(settings)
     need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (mid_BN3, dir_BN3, len_BN))
     transport_B, endpoint_B, matched_BN, partner_BN, _ = match_segments_forward(
         mid_BN3, dir_BN3, len_BN, gt_BM23.detach(), gt_count_B, *settings, need_grad, impl
@@ -273,11 +273,10 @@ def _check_tensors(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, impl) -> None:
         raise ValueError(f"gt_count must lie in [0, M] = [0, {M}], got {gt_count_B.tolist()}")
 
 
-def _check_settings(settings: Settings) -> None:
-    for name, value in settings._asdict().items():
-        # it would lose its gradient on the way into the operator
-        if isinstance(value, Tensor):
-            raise ValueError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}")
+def _checked(settings: Settings) -> Settings:
+    """Return the settings as plain numbers, all of them in range."""
+    numbers = ("direction_weight", "length_weight", "cost_scale", "eps", "dustbin")
+    settings = settings._replace(**{name: as_number(name, getattr(settings, name)) for name in numbers})
     for name in ("direction_weight", "length_weight"):
         if not 0 <= (value := getattr(settings, name)) < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
@@ -287,9 +286,8 @@ def _check_settings(settings: Settings) -> None:
     # compared, not math.isfinite, which a compiler cannot ask of a number that it does not know yet
     if not -math.inf < settings.dustbin < math.inf:
         raise ValueError(f"dustbin must be finite, got {settings.dustbin}")
-    if not isinstance(settings.iterations, int) or settings.iterations < 1:
-        raise ValueError(f"iterations must be an integer of at least 1, got {settings.iterations!r}")
     if settings.slack not in SLACKS:
         raise ValueError(f"slack must be one of {', '.join(SLACKS)}, got {settings.slack!r}")
     if settings.plan_gradient not in PLAN_GRADIENTS:
         raise ValueError(f"plan_gradient must be one of {', '.join(PLAN_GRADIENTS)}, got {settings.plan_gradient!r}")
+    return settings._replace(iterations=as_count("iterations", settings.iterations))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import sinkhorn_eager, sinkhorn_large, sinkhorn_small
-from kernels.dispatch import require_tensors, require_tensors_or_none, resolve, values_are_readable
+from kernels.dispatch import as_count, as_number, require_tensors, require_tensors_or_none, resolve, values_are_readable
 from kernels.registration import operator
 
 MAX_SIZE = 2048
@@ -55,7 +55,8 @@ def sinkhorn(
     implicit nor an envelope), from all three outputs, with respect to cost, dustbin, log_a and log_b.
 
     Args:
-        cost_BNM: costs; float32, bfloat16, float16, or float64 where the eager form runs; N, M from 0 to 2048.
+        cost_BNM: costs; float32, bfloat16, float16, or float64 where the eager form runs; N, M from 0 to 2048. A NaN
+            that counts makes NaN of its item's plan, slacks and gradients and of the dustbin's gradient, of no other's.
         rows_B, cols_B: integers in [0, N] and [0, M]: how many rows and columns of an item count; None: all. The rest
             is padding and may hold anything, also NaN. On a GPU they are clamped.
         eps: the regularisation, a number > 0, in the unit of the cost.
@@ -77,7 +78,10 @@ def sinkhorn(
         max_iter; dustbin is SuperGlue's bin score, negated.
     Source: Cuturi 2013; Sarlin et al. 2020, SuperGlue (marginals of the dustbin).
     """
-    _check(cost_BNM, rows_B, cols_B, eps, iterations, dustbin, slack, log_a_BN, log_b_BM, _path)
+    _check(cost_BNM, rows_B, cols_B, dustbin, slack, log_a_BN, log_b_BM, _path)
+    eps, iterations = as_number("eps", eps), as_count("iterations", iterations)
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be finite and positive, got {eps}")
     impl = resolve(impl, cost_BNM.device)
     if impl == "triton" and cost_BNM.dtype == torch.float64:
         raise ValueError("cost must not be float64 with impl='triton'")
@@ -324,7 +328,7 @@ def _backward(ctx, grad_plan, grad_row_slack, grad_col_slack, *_):
 sinkhorn_forward.register_autograd(_backward, setup_context=_save)
 
 
-def _check(cost, rows, cols, eps, iterations, dustbin, slack, log_a, log_b, path) -> None:
+def _check(cost, rows, cols, dustbin, slack, log_a, log_b, path) -> None:
     """Refuse what no form of the operator takes."""
     require_tensors(cost=cost)
     require_tensors_or_none(rows=rows, cols=cols, log_a=log_a, log_b=log_b)
@@ -335,10 +339,6 @@ def _check(cost, rows, cols, eps, iterations, dustbin, slack, log_a, log_b, path
     B, N, M = cost.shape
     if max(N, M) > MAX_SIZE:
         raise ValueError(f"cost must have at most {MAX_SIZE} rows and columns, got {N} and {M}")
-    if isinstance(eps, Tensor) or not 0 < eps < math.inf:
-        raise ValueError(f"eps must be positive and finite, got {eps!r}")
-    if not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}")
     if slack not in SLACKS:
         raise ValueError(f"slack must be one of {', '.join(SLACKS)}, got {slack!r}")
     if path not in PATHS:
@@ -363,7 +363,7 @@ def _check_dustbin(dustbin, cost) -> None:
                 f"dustbin must be a number or a float tensor of shape [] on {cost.device}, "
                 f"got {dustbin.dtype} of shape {tuple(dustbin.shape)} on {dustbin.device}"
             )
-    elif dustbin is not None and not isinstance(dustbin, Real):
+    elif dustbin is not None and (isinstance(dustbin, bool) or not isinstance(dustbin, Real)):
         raise ValueError(f"dustbin must be a number or a tensor, got {dustbin!r}")
     elif dustbin is not None and not -math.inf < float(dustbin) < math.inf:
         raise ValueError(f"dustbin must be finite, got {dustbin}")
@@ -382,9 +382,7 @@ def _check_counts(name: str, count: Tensor | None, B: int, size: int, device: to
 
 
 def _check_weights(name: str, weights: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
-    if weights is None:
-        return
-    if weights.shape != shape or not weights.is_floating_point() or weights.device != device:
+    if weights is not None and (weights.shape != shape or not weights.is_floating_point() or weights.device != device):
         raise ValueError(
             f"{name} must be float of shape {list(shape)} on {device}, "
             f"got {weights.dtype} of shape {tuple(weights.shape)} on {weights.device}"

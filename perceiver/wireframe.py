@@ -43,7 +43,7 @@ class PostprocessConfig:
 
     def __post_init__(self):
         if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence must be between 0 and 1, got {self.confidence}")
+            raise ValueError(f"confidence must be strictly between 0 and 1, got {self.confidence}")
         for radius_m in (*self.merge_radii_m, self.snap_radius_m):
             if not (np.isfinite(radius_m) and radius_m >= 0):
                 raise ValueError(f"merge_radii_m and snap_radius_m must be finite and not negative, got {radius_m}")

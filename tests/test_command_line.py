@@ -155,7 +155,7 @@ def test_a_finished_model_is_scored_from_another_confidence_on(runs, tmp_path, c
     assert main([*evaluate, "--out", str(tmp_path / "b"), "--confidence", "0.9"]) == 0
     assert json.loads((tmp_path / "b" / "scores.json").read_text())["postprocess"]["confidence"] == 0.9
     assert main([*evaluate, "--out", str(tmp_path / "c"), "--confidence", "1.5"]) == 1
-    assert "confidence must be between 0 and 1, got 1.5" in capsys.readouterr().err
+    assert "confidence must be strictly between 0 and 1, got 1.5" in capsys.readouterr().err
 
 
 def test_every_row_of_a_set_is_answered_whatever_can_be_read(runs, tmp_path, capsys):

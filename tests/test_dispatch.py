@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels.dispatch import family, resolve, values_are_readable
+from kernels.dispatch import as_count, as_number, family, resolve, values_are_readable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -52,6 +53,35 @@ def test_values_are_read_on_the_cpu_and_never_from_a_tensor_without_any():
     assert not values_are_readable(torch.zeros(1, device="meta"))
     with FakeTensorMode():
         assert not values_are_readable(torch.zeros(1))
+
+
+@pytest.mark.parametrize("value", [2, 0.5, np.float32(0.1), np.float64(0.1), np.int64(2)])
+def test_numbers_of_numpy_become_plain_floats(value):
+    assert type(as_number("eps", value)) is float and as_number("eps", value) == value
+
+
+@pytest.mark.parametrize("value", [2, np.int64(2), np.uint8(2)])
+def test_integers_of_numpy_become_plain_ones(value):
+    assert type(as_count("iterations", value)) is int and as_count("iterations", value) == 2
+
+
+@pytest.mark.parametrize("operator", ["sinkhorn", "match_segments"])
+def test_operators_take_the_numbers_of_numpy_as_their_own(operator):
+    function, arguments = getattr(kernels, operator), OPERATORS[operator] | {"eps": 0.5, "iterations": 2}
+    found = function(**arguments | {"eps": np.float32(0.5), "iterations": np.int64(2)})
+    assert all(torch.equal(a, b) for a, b in zip(found, function(**arguments), strict=True))
+
+
+@pytest.mark.parametrize("value", ["1", None, True, np.True_, 1j, np.ones(1), torch.tensor(1.0), torch.rand(2)])
+def test_what_is_no_number_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=r"^eps must be a number, got "):
+        as_number("eps", value)
+
+
+@pytest.mark.parametrize("value", ["1", None, True, np.True_, 0, -1, 1.0, np.ones(1), np.ones(2, int), torch.tensor(1)])
+def test_what_is_no_count_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=r"^iterations must be an integer of at least 1, got "):
+        as_count("iterations", value)
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,7 @@ def test_segments_that_are_not_finite_are_refused(bad):
     [
         ("confidence", 0.0),
         ("confidence", 1.0),
+        ("confidence", float("nan")),
         ("merge_radii_m", (0.1, -0.1)),
         ("snap_radius_m", float("nan")),
         ("snap_min_points", 0),
@@ -221,6 +222,12 @@ def test_segments_that_are_not_finite_are_refused(bad):
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         PostprocessConfig(**{field: value})
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_the_ends_of_the_range_of_confidences_are_refused_in_words_that_leave_them_out(end):
+    with pytest.raises(ValueError, match=f"confidence must be strictly between 0 and 1, got {end}"):
+        PostprocessConfig(confidence=end)
 
 
 def test_truth_of_a_scene_without_any_is_refused():

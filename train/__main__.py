@@ -153,7 +153,8 @@ def _add_model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16"), help="default: the run's")
     sub.add_argument("--impl", choices=IMPLEMENTATIONS, help="form of the operators (default: the run's)")
     sub.add_argument("--threads", type=int, help="of the CPU; part of the bits (default: the run's)")
-    sub.add_argument("--confidence", type=float, metavar="P", help="segments count from here on (default: the run's)")
+    help_text = "segments count from here on, strictly between 0 and 1 (default: the run's)"
+    sub.add_argument("--confidence", type=float, metavar="P", help=help_text)
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
