@@ -54,7 +54,8 @@ def test_an_operator_is_shown_against_its_fastest_peer(tmp_path):
     demo = [{**case, "group": group.replace("cross", "demo")} for case in cases]
     write_results(tmp_path / "cpu.json", merge(None, [*cases, *demo], {"cores": 2, "torch": "2.13.0"}))
     *_, row = operators(tmp_path).splitlines()
-    assert row == "| cpu | attention, cross 256x2048 | 4 bf16 | 20 ms | 21 ms | fast | 1.50 times ours | 1.0e-06 | yes |"
+    times = "20 ms | 21 ms | fast | 1.50 times ours"
+    assert row == f"| cpu | attention, cross 256x2048 | 4 bf16 | {times} | 1.0e-06 | yes |"
     write_results(tmp_path / "cpu.json", merge(None, cases[:1], {"cores": 2, "torch": "2.13.0"}))
     assert operators(tmp_path) == "No operator has been timed yet."
 
