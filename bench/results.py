@@ -4,7 +4,7 @@ machine    processor, cores, GPU and driver
 suites     per suite what its cases were measured with: date, commit, torch, Triton, Python
 cases      suite, group, name, peer; then median, spread (distance of the quartiles), rounds, error against float64,
            whether a second call gave the same bits, peak memory, sizes; or why there is no number: "refused" is
-           what a peer answered, "red" is a result that was wrong
+           what a peer answered, "red" is a result that was wrong; "note" is what else must be known of it
 """
 
 import json
