@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.peers import OURS
 from bench.results import RESULTS, Case, Results, measured, read_results
 from bench.spread import ratio
-from bench.tables import read_devices, tables, time_text
+from bench.tables import name_of, read_devices, tables, time_text
 
 README = Path(__file__).parent.parent / "README.md"
 _REGION = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -87,7 +87,7 @@ def _row(cases: list[Case]) -> str:
     rival = min(
         (case for case in measured(cases) if not case["peer"].startswith(OURS.name)), key=lambda case: case["median_s"]
     )
-    name, bits = ours["group"].removesuffix(", forward and backward"), "yes" if ours.get("same_bits") else "no"
+    name, bits = name_of(ours["group"], [ours]), "yes" if ours.get("same_bits") else "no"
     items = " ".join(
         str(ours[key]).replace("bfloat", "bf").replace("float", "fp")
         for key in ("items", "dtype", "precision")

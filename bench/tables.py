@@ -65,7 +65,7 @@ def write_report(devices: Mapping[str, Results]) -> dict[str, str]:
     files, page = {}, [_HEAD]
     for device, results in devices.items():
         page += [f"## {device}", "", _describe(results), ""]
-        named = [(group.removesuffix(_BOTH), rows) for group, rows in tables(results["cases"])]
+        named = [(name_of(group, rows), rows) for group, rows in tables(results["cases"])]
         bars = [(name, bars) for name, rows in named if (bars := _bars(rows))]
         if bars:
             title = f"{device}: time of the peer over ours (operators: forward and backward, or as named)"
@@ -87,6 +87,12 @@ def tables(cases: Iterable[Case]) -> list[tuple[str, list[Case]]]:
     """The cases by group, in the order of the operators; sweeps have curves instead."""
     rows = sorted((case for case in cases if "sweep" not in case), key=_place)
     return [(group, list(members)) for group, members in groupby(rows, key=lambda case: case["group"])]
+
+
+def name_of(group: str, rows: Iterable[Case]) -> str:
+    """What a table of times forward and backward is called elsewhere, with what must be known of our row."""
+    notes = [case["note"] for case in rows if case["peer"] == OURS.name and "note" in case]
+    return group.removesuffix(_BOTH) + "".join(f" ({note})" for note in notes)
 
 
 def _place(case: Case) -> tuple:

@@ -144,6 +144,12 @@ def test_a_training_step_has_bars():
     assert ">5.00</text>" in report(*steps)["cpu-ratios.svg"]
 
 
+def test_a_note_of_ours_stands_beside_the_name_wherever_its_time_does():
+    rows = [case("ridgeline", 1.0, note="older code"), case("einsum", 2.0, note="slow")]
+    chart = report(*rows)["cpu-ratios.svg"]
+    assert "attention, cross (older code)<" in chart and "slow" not in chart
+
+
 def test_a_note_of_a_case_stands_in_its_row_and_breaks_none():
     files = report(OURS | {"note": "before | after"}, case("flex", refused="not here") | {"note": "by hand"})
     assert row(files, "ridgeline")[-2:] == ["2 GFLOP/s, before \\", "after"]
