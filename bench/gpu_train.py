@@ -25,7 +25,7 @@ COMPARED = ("trace.jsonl", "metrics.jsonl")
 SCORERS = 4
 
 
-def short_recipe(share: float, scenes: int, recipe: Recipe | None = None) -> Recipe:
+def short_recipe(share: float, scenes: int) -> Recipe:
     """Return the published recipe with a share of its updates, on generated scenes.
 
     A confidence that learns the matched mass is under 0.5 after so few updates, and nothing would be scored. Here it
@@ -34,11 +34,10 @@ def short_recipe(share: float, scenes: int, recipe: Recipe | None = None) -> Rec
     Args:
         share: of the updates of each stage, of its warmup and of its cooldown.
         scenes: trained on.
-        recipe: in the place of the published one.
     Raises:
         ValueError: nothing is left of a stage, or there are no scenes.
     """
-    recipe, demo = recipe or load_recipe("s23dr"), load_recipe("demo")
+    recipe, demo = load_recipe("s23dr"), load_recipe("demo")
 
     def scaled(updates: int) -> int:
         return round(updates * share)

@@ -94,10 +94,9 @@ def _row(cases: list[Case]) -> str:
         if key in ours
     )
     cold = time_text(ours["cold_median_s"]) if "cold_median_s" in ours else ""
-    against = (
-        f"{rival['peer']} | {found.value:.2f} times ours" if (found := ratio(ours, rival)) else f"{rival['peer']} | "
-    )
-    return f"{name} | {items} | {time_text(ours['median_s'])} | {cold} | {against} | {ours['error']} | {bits}"
+    takes = f"{found.value:.2f} times ours" if (found := ratio(ours, rival)) else ""
+    times = f"{time_text(ours['median_s'])} | {cold} | {rival['peer']} | {takes}"
+    return f"{name} | {items} | {times} | {ours['error']} | {bits}"
 
 
 def gpus(results: Path) -> str:

@@ -48,8 +48,11 @@ def _iterations(launch: Launch) -> int:
 
 def _sinkhorn_trips(size: int, launch: Launch) -> int:
     """A half-step of a problem beyond one tile walks over all blocks of the other side."""
-    names = {"fwd": "OTHER", "bwd": "OTHER", "marginals": "BLOCK"}
-    blocks = {f"_sinkhorn_large_{part}_kernel": constant for part, constant in names.items()}
+    blocks = {
+        "_sinkhorn_large_fwd_kernel": "OTHER",
+        "_sinkhorn_large_bwd_kernel": "OTHER",
+        "_sinkhorn_large_marginals_kernel": "BLOCK",
+    }
     return -(-size // launch.constants[blocks[launch.kernel]]) if launch.kernel in blocks else _iterations(launch)
 
 

@@ -22,30 +22,28 @@ def _solve(arguments: dict, device, **options) -> dict[str, torch.Tensor]:
     return differentiate(sinkhorn, cast(arguments, torch.float32, device), **SETTINGS | options, impl="triton")
 
 
+def _assert_as_accurate_as_eager(arguments: dict, device, **options) -> None:
+    """Check values and gradients of a problem in float32 against float64."""
+    arguments, settings = cast(arguments, torch.float32), SETTINGS | options
+    truth, eager = truth_and_eager(arguments, **settings)
+    for name, value in _solve(arguments, device, **settings).items():
+        floor = 4e-6 / settings["eps"] if name in ("d cost_BNM", "d dustbin") else 0.0
+        assert_accurate(value, truth=truth[name], eager=eager[name], floor=floor, name=name)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_are_as_accurate_as_eager_float32(kind, no_tiles, device):
-    arguments = cast(problem(kind, B=2, N=34, M=40), torch.float32)
-    truth, eager = truth_and_eager(arguments, **SETTINGS)
-    for name, value in _solve(arguments, device).items():
-        floor = 4e-6 / SETTINGS["eps"] if name in ("d cost_BNM", "d dustbin") else 0.0
-        assert_accurate(value, truth=truth[name], eager=eager[name], floor=floor, name=name)
+    _assert_as_accurate_as_eager(problem(kind, B=2, N=34, M=40), device)
 
 
 def test_so_are_those_of_problems_of_several_blocks_as_they_are_launched(device):
-    arguments = cast(problem("weights_with_dustbin", B=1, N=150, M=2 * sinkhorn_large.OTHER + 5), torch.float32)
-    truth, eager = truth_and_eager(arguments, **SETTINGS)
-    for name, value in _solve(arguments, device).items():
-        floor = 4e-6 / SETTINGS["eps"] if name in ("d cost_BNM", "d dustbin") else 0.0
-        assert_accurate(value, truth=truth[name], eager=eager[name], floor=floor, name=name)
+    columns = 2 * sinkhorn_large.OTHER + 5
+    _assert_as_accurate_as_eager(problem("weights_with_dustbin", B=1, N=150, M=columns), device)
 
 
 def test_iterations_that_do_not_fill_the_last_round_of_loads_count(no_tiles, device):
-    arguments = cast(problem("full", B=2, N=34, M=20), torch.float32)
-    settings = SETTINGS | {"iterations": sinkhorn_large.UNROLL + 2}
-    truth, eager = truth_and_eager(arguments, **settings)
-    for name, value in _solve(arguments, device, **settings).items():
-        floor = 4e-6 / SETTINGS["eps"] if name in ("d cost_BNM", "d dustbin") else 0.0
-        assert_accurate(value, truth=truth[name], eager=eager[name], floor=floor, name=name)
+    iterations = sinkhorn_large.UNROLL + 2
+    _assert_as_accurate_as_eager(problem("full", B=2, N=34, M=20), device, iterations=iterations)
 
 
 def test_the_same_call_gives_the_same_bits(no_tiles, device):
