@@ -47,18 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(arguments: Sequence[str]) -> int:
-    """Write the page, its charts and the README's numbers."""
-    from bench.readme import README, fill
+    """Write the page, its charts and the numbers of the README and of the GPU's page."""
+    from bench.readme import GPU_PAGE, README, fill
     from bench.tables import read_devices, write_report
 
     parser = argparse.ArgumentParser(prog="python -m bench report")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=FOLDER.parent / "docs", help="folder (default: %(default)s)")
-    parser.add_argument("--readme", type=Path, default=README, help="has regions of numbers (default: %(default)s)")
+    told = "files with regions of numbers (default: README.md and docs/gpu.md)"
+    parser.add_argument("--pages", type=Path, nargs="+", default=[README, GPU_PAGE], metavar="FILE", help=told)
     options = parser.parse_args(arguments)
     try:
         files = {options.out / name: text for name, text in write_report(read_devices(options.results)).items()}
-        files[options.readme] = fill(options.readme.read_text(), options.results)
+        for page in options.pages:
+            files[page] = fill(page.read_text(), options.results)
     except (ValueError, OSError) as error:
         print(f"bench report: {error}", file=sys.stderr)
         return 2

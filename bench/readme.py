@@ -1,4 +1,6 @@
-"""The numbers of README.md, from the committed result files: `python -m bench report` writes them between its marks.
+"""The numbers of README.md and docs/gpu.md, from the committed result files: `python -m bench report` writes them.
+
+They stand between marks:
 
 <!-- numbers: NAME -->
 ... written by this module ...
@@ -16,13 +18,16 @@ from bench.spread import ratio
 from bench.tables import name_of, read_devices, tables, time_text
 
 README = Path(__file__).parent.parent / "README.md"
+GPU_PAGE = README.parent / "docs" / "gpu.md"
 _REGION = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # the model's shapes, as in training: of these the README shows the hardest rival, docs/benchmarks.md everything
 _SUITES = ("sinkhorn", "matching", "attention", "points", "residual")
+# of a GPU's targets the README shows those that the design set; docs/gpu.md shows all
+_SHOWN = r"configurations|match_segments(?!.*one thread)|cross-attention|training step"
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
-    """Return the README with all regions written anew.
+    """Return a text with all its regions written anew.
 
     Raises:
         ValueError: a region has a name that this module does not know, or a result file is missing.
@@ -78,8 +83,8 @@ def operators(results: Path) -> str:
     ]
     if not rows:
         return "No operator has been timed yet."
-    head = "| device | forward and backward | items | ours | cold | fastest peer timed | it takes | error | same bits |"
-    return "\n".join([head, f"|{' --- |' * 9}", *rows])
+    head = "| device | forward and backward | items | ours | fastest peer timed | it takes | same bits |"
+    return "\n".join([head, f"|{' --- |' * 7}", *rows])
 
 
 def _row(cases: list[Case]) -> str:
@@ -93,24 +98,39 @@ def _row(cases: list[Case]) -> str:
         for key in ("items", "dtype", "precision")
         if key in ours
     )
-    cold = time_text(ours["cold_median_s"]) if "cold_median_s" in ours else ""
     takes = f"{found.value:.2f} times ours" if (found := ratio(ours, rival)) else ""
-    times = f"{time_text(ours['median_s'])} | {cold} | {rival['peer']} | {takes}"
-    return f"{name} | {items} | {times} | {ours['error']} | {bits}"
+    return f"{name} | {items} | {time_text(ours['median_s'])} | {rival['peer']} | {takes} | {bits}"
 
 
 def gpus(results: Path) -> str:
     """What was promised of a GPU and what was measured, per GPU that `reproduce.sh gpu` ran on."""
-    parts = []
-    for device, found in read_devices(results).items():
-        if not found.get("targets"):
-            continue
-        machine, software = found["machine"], next(iter(found["suites"].values()))
-        versions = ", ".join(f"{name} {software[name]}" for name in ("torch", "triton", "date") if software.get(name))
-        rows = ["| | target | measured | |", "| --- | --- | --- | --- |", *map(_target, found["targets"])]
-        lines = [f"{machine.get('gpu', device)} ({versions}):", "", *rows, *_ways(found["cases"]), *_bits(found)]
-        parts.append("\n".join(lines))
+    parts = [
+        "\n".join([*_targets(device, found, found["targets"]), *_ways(found["cases"]), *_bits(found)])
+        for device, found in _measured_gpus(results)
+    ]
     return "\n\n".join(parts) or "No GPU has been measured yet."
+
+
+def gpu_summary(results: Path) -> str:
+    """The targets that the design set, how many of all are met, and what was found of bits, per GPU."""
+    parts = []
+    for device, found in _measured_gpus(results):
+        shown = [row for row in found["targets"] if re.match(_SHOWN, row["name"])]
+        met = sum(row["met"] is True for row in found["targets"])
+        told = f"Of all {len(found['targets'])} targets {met} are met."
+        parts.append("\n".join([*_targets(device, found, shown), "", told, *_bits(found)]))
+    return "\n\n".join(parts) or "No GPU has been measured yet."
+
+
+def _measured_gpus(results: Path) -> list[tuple[str, Results]]:
+    return [(device, found) for device, found in read_devices(results).items() if found.get("targets")]
+
+
+def _targets(device: str, found: Results, targets: list[Case]) -> list[str]:
+    machine, software = found["machine"], next(iter(found["suites"].values()))
+    versions = ", ".join(f"{name} {software[name]}" for name in ("torch", "triton", "date") if software.get(name))
+    head = [f"{machine.get('gpu', device)} ({versions}):", "", "| | target | measured | |", "| --- | --- | --- | --- |"]
+    return [*head, *map(_target, targets)]
 
 
 def _ways(cases: list[Case]) -> list[str]:
@@ -159,4 +179,6 @@ def _target(row: Case) -> str:
     return f"| {row['name']} | {bound} | {row['measured']:.3g} {row['unit']} | {'met' if row['met'] else 'missed'} |"
 
 
-REGIONS: dict[str, Callable[[Path], str]] = {"demo": demo, "steps": steps, "operators": operators, "gpus": gpus}
+REGIONS: dict[str, Callable[[Path], str]] = {
+    "demo": demo, "steps": steps, "operators": operators, "gpu_summary": gpu_summary, "gpus": gpus,
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The README says what the repository holds: its numbers, its files, its commands."""
+"""The README, and the page on GPUs, say what the repository holds: numbers, files, commands."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.readme import REGIONS, fill, gpus, operators
+from bench.readme import GPU_PAGE, REGIONS, fill, gpu_summary, gpus, operators
 from bench.results import merge, write_results
 from tests.tiny_runs import tiny_recipe, train_quietly
 from train.__main__ import main
@@ -15,14 +15,14 @@ from train.roofs import generate_scenes
 from train.sources import write_npz
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README, ON_GPUS = (ROOT / "README.md").read_text(), GPU_PAGE.read_text()
 RESULTS = ROOT / "bench" / "results"
 
 
 def test_numbers_are_those_of_the_result_files():
     """`python -m bench report` makes them so."""
-    assert fill(README) == README
-    assert set(re.findall(r"<!-- numbers: (\w+) -->", README)) == set(REGIONS)
+    assert fill(README) == README and fill(ON_GPUS) == ON_GPUS
+    assert set(re.findall(r"<!-- numbers: (\w+) -->", README + ON_GPUS)) == set(REGIONS)
 
 
 # what the published baseline's authors report
@@ -30,8 +30,9 @@ PUBLISHED = {"0.342", "0.379", "0.281", "0.351", "0.382"}
 VERSIONS = {"3.11", "3.12", "2.0", "2.11", "2.13", "3.6", "3.9"}
 
 
-def test_every_measured_number_stands_in_a_region_that_is_checked():
-    prose = re.sub(r"<!-- numbers: .*?<!-- end -->", "", README, flags=re.DOTALL)
+@pytest.mark.parametrize("page", [README, ON_GPUS], ids=["README", "gpu"])
+def test_every_measured_number_stands_in_a_region_that_is_checked(page):
+    prose = re.sub(r"<!-- numbers: .*?<!-- end -->", "", page, flags=re.DOTALL)
     prose = re.sub(r"`[^`]*`|^    .*$", "", prose, flags=re.MULTILINE)
     units = r"(?:s|ms|µs|us|minutes?|seconds?|hours?|times|x|×|%|TFLOP|GFLOP|GB|MB)"
     found = re.findall(rf"\b\d[\d,]*\.\d+(?:e-?\d+)?\b|\b\d[\d,.]*(?=\s?{units}\b)", prose)
@@ -46,7 +47,7 @@ def test_a_number_that_was_changed_by_hand_is_found():
 def test_an_operator_is_shown_against_its_fastest_peer(tmp_path):
     group = "attention, cross 256x2048, forward and backward"
     notes = {"suite": "attention", "group": group, "iqr_s": 0.0, "error": "1.0e-06", "same_bits": True}
-    notes |= {"items": 4, "dtype": "bfloat16", "cold_median_s": 0.021}
+    notes |= {"items": 4, "dtype": "bfloat16"}
     cases = [
         {**notes, "name": peer, "peer": peer, "median_s": median}
         for peer, median in (("ridgeline", 0.02), ("slow", 0.5), ("fast", 0.03), ("ridgeline, CUDA graph", 0.001))
@@ -54,14 +55,13 @@ def test_an_operator_is_shown_against_its_fastest_peer(tmp_path):
     demo = [{**case, "group": group.replace("cross", "demo")} for case in cases]
     write_results(tmp_path / "cpu.json", merge(None, [*cases, *demo], {"cores": 2, "torch": "2.13.0"}))
     *_, row = operators(tmp_path).splitlines()
-    times = "20 ms | 21 ms | fast | 1.50 times ours"
-    assert row == f"| cpu | attention, cross 256x2048 | 4 bf16 | {times} | 1.0e-06 | yes |"
+    assert row == "| cpu | attention, cross 256x2048 | 4 bf16 | 20 ms | fast | 1.50 times ours | yes |"
     write_results(tmp_path / "cpu.json", merge(None, cases[:1], {"cores": 2, "torch": "2.13.0"}))
     assert operators(tmp_path) == "No operator has been timed yet."
 
 
 def test_an_unknown_region_is_refused():
-    with pytest.raises(ValueError, match="must be one of demo, steps, operators, gpus, got speed"):
+    with pytest.raises(ValueError, match="must be one of demo, steps, operators, gpu_summary, gpus, got speed"):
         fill("<!-- numbers: speed -->\n<!-- end -->")
 
 
@@ -77,6 +77,17 @@ def test_a_gpus_targets_are_named_with_what_was_measured_of_them(tmp_path):
         "| a step | at most 4 ms | 4.88 ms | missed |",
         "| the fastest peer | at least 1 x | not measured | |",
     ]
+
+
+def test_the_readme_shows_the_designs_targets_of_a_gpu_and_counts_all(tmp_path):
+    names = ["tests that fail", "training step", "cross-attention", "attention", "match_segments, wall on one thread"]
+    row = {"unit": "ms", "target": 4, "least": False, "measured": 3.0, "met": True}
+    rows = [row | {"name": name, "met": name != "attention"} for name in names]
+    found = {"machine": {"gpu": "Some GPU"}, "suites": {"step": {"torch": "2.11.0"}}, "cases": [], "targets": rows}
+    (tmp_path / "some-gpu.json").write_text(json.dumps(found))
+    *_, first, second, _, count = gpu_summary(tmp_path).splitlines()
+    assert first.startswith("| training step |") and second.startswith("| cross-attention |")
+    assert count == "Of all 5 targets 4 are met."
 
 
 def test_files_it_names_exist():

@@ -104,12 +104,12 @@ def test_the_command_writes_the_same_bytes_again(tmp_path, capsys):
     write_results(tmp_path / "cpu.json", merge(None, [OURS, case("einsum", 3.0)], MACHINE))
     (tmp_path / "run.json").write_text('{"recipe": "demo"}')
     (tmp_path / "README.md").write_text("no regions here\n")
-    written, readme = [], ["--readme", str(tmp_path / "README.md")]
+    written, pages = [], ["--pages", str(tmp_path / "README.md")]
     for name in ("a", "b"):
-        assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / name), *readme]) == 0
+        assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / name), *pages]) == 0
         written.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert written[0] == written[1] and set(written[0]) == {"benchmarks.md", "cpu-ratios.svg"}
-    assert main(["report", "--results", str(tmp_path / "a"), *readme]) == 2
+    assert main(["report", "--results", str(tmp_path / "a"), *pages]) == 2
     assert "must hold at least one result file" in capsys.readouterr().err
 
 
