@@ -62,6 +62,7 @@ PARTS = {
     "points": Part(command=_module("bench.gpu_speed", "points"), alone_s=10, niceness=5),
     "tiles": Part(command=_module("bench.gpu_tiles"), alone_s=60, unasked=False),
     "seams": Part(command=_module("bench.gpu_seams"), alone_s=30, unasked=False),
+    "sanitizer": Part(command=_module("bench.gpu_sanitizer"), unasked=False),
     "autotune": Part(
         command=_module("bench.gpu_step", "--ways", "torch.compile, max-autotune"), alone_s=30, unasked=False
     ),

@@ -15,6 +15,7 @@ def gather(results: Mapping[str, Mapping[str, Any]], machine: Mapping[str, Any])
             "tests": _tests_in_short(results.get("tests")),
             "repeats": _repeats_in_short(results.get("repeats")),
             "train": _train_in_short(results.get("train")),
+            "sanitizer": _sanitizer_in_short(results.get("sanitizer")),
         },
         "targets": compare(results),
         "profiles": results.get("step", {}).get("profiles", {}),
@@ -57,4 +58,17 @@ def _train_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     first = found["runs"][0]
     return {"updates": found["updates"], "scenes": found["scenes"], "same_bits": found["same_bits"]} | {
         key: first[key] for key in ("weights", "dev_scores", "loss")
+    }
+
+
+def _sanitizer_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if not found or not found.get("tools"):
+        return None
+    return {
+        tool: {
+            "configurations": heard["called"],
+            "defects": [ended["defects"] for ended in heard["shares"].values()],
+            "planted": heard["planted"] and heard["planted"]["defects"],
+        }
+        for tool, heard in found["tools"].items()
     }
