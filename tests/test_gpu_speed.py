@@ -5,6 +5,7 @@ import functools
 import json
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -284,6 +285,19 @@ def test_wall_time_is_that_of_a_warm_call():
     waits = iter([2 * gpu_clock.LONG_S] + [0.05] * gpu_clock.WARM_UP + [0.0] * 100)
     timed = gpu_clock.measure(lambda: [time.sleep(next(waits)) or torch.zeros(1)], CPU)
     assert timed["median_s"] < 0.01 and timed["iqr_s"] < 0.01 and timed["rounds"] == gpu_clock.ROUNDS
+
+
+def test_every_wall_clock_of_a_gpu_keeps_its_spread(monkeypatch):
+    graph = types.SimpleNamespace(replay=lambda: None)
+    clocks = {"record": lambda run: (graph, run()), "_event_seconds": lambda *_: [1.0, 1.0, 2.0]}
+    clocks |= {"device_seconds": lambda *_: [3.0], "_wall_seconds": lambda *_: next(walls)}
+    for name, clock in clocks.items():
+        monkeypatch.setattr(gpu_clock, name, clock)
+    walls = iter([[4.0, 5.0, 8.0], [6.0, 6.0, 6.0]])
+    timed = gpu_clock.measure(list, torch.device("cuda"))
+    assert (timed["median_s"], timed["iqr_s"], timed["cold_median_s"]) == (1.0, 0.5, 3.0)
+    assert (timed["wall_median_s"], timed["wall_iqr_s"]) == (5.0, 2.0)
+    assert (timed["wall_one_thread_median_s"], timed["wall_one_thread_iqr_s"]) == (6.0, 0.0)
 
 
 @pytest.mark.parametrize("suite", gpu_rows.SUITES)
