@@ -6,8 +6,9 @@ finds it, DIR/parts/<part>.json (--parts names another folder), so that a part t
 All of that is gathered every few seconds into one file, DIR/<device>.json: the machine, all timed rows, the table of
 targets, and what was checked.
 
-First what is checked and not timed, side by side: tests, bitwise repeats, two short trainings; meanwhile the other
-parts compile and check what they will time. Then these get the machine one after the other, each for itself.
+First what is checked and not timed, side by side: tests, bitwise repeats, a short training twice, once killed and
+resumed; meanwhile the other parts compile and check what they will time. Then these get the machine one after the
+other, each for itself.
 """
 
 import argparse
@@ -54,11 +55,11 @@ PARTS = {
     "tests": Part(command=_module("bench.gpu_tests")),
     "repeats": Part(command=_module("bench.gpu_repeats")),
     "train": Part(command=_module("bench.gpu_train"), niceness=0),
-    # some of its peers compile longest
-    "step": Part(command=_module("bench.gpu_step"), alone_s=50, niceness=0),
-    "matching": Part(command=_module("bench.gpu_speed", "matching", "--processes", "6"), alone_s=12, niceness=5),
-    "attention": Part(command=_module("bench.gpu_speed", "attention", "--processes", "6"), alone_s=42, niceness=5),
     "sinkhorn": Part(command=_module("bench.gpu_speed", "sinkhorn", "--processes", "6"), alone_s=28, niceness=5),
+    "matching": Part(command=_module("bench.gpu_speed", "matching", "--processes", "6"), alone_s=12, niceness=5),
+    # some of its peers compile longest
+    "step": Part(command=_module("bench.gpu_step"), alone_s=46, niceness=0),
+    "attention": Part(command=_module("bench.gpu_speed", "attention", "--processes", "8"), alone_s=36, niceness=5),
     "points": Part(command=_module("bench.gpu_speed", "points"), alone_s=10, niceness=5),
     "tiles": Part(command=_module("bench.gpu_tiles"), alone_s=60, unasked=False),
     "seams": Part(command=_module("bench.gpu_seams"), alone_s=30, unasked=False),

@@ -173,14 +173,14 @@ def _attention_cases() -> list[OperatorCase]:
 def _sinkhorn_cases() -> list[OperatorCase]:
     # name -> (size, options)
     table = {
-        f"64x64 {slack} {path}": ((64, 64), {"slack": slack, "_path": path})
-        for slack in ("full", "minimal")
-        for path in ("auto", "log")
-    }
-    table |= {
+        "512x512": ((512, 512), {}),
+        **{
+            f"64x64 {slack} {path}": ((64, 64), {"slack": slack, "_path": path})
+            for slack in ("full", "minimal")
+            for path in ("auto", "log")
+        },
         "64x64 no bin": ((64, 64), {"dustbin": False}),
         "100x128": ((100, 128), {}),
-        "512x512": ((512, 512), {}),
     }
     return [
         OperatorCase(
@@ -209,5 +209,5 @@ def _matching_cases() -> list[OperatorCase]:
 
 
 def core_cases() -> list[OperatorCase]:
-    """The configurations of attention, matching and Sinkhorn."""
-    return [*_attention_cases(), *_matching_cases(), *_sinkhorn_cases()]
+    """The configurations of Sinkhorn, matching and attention, in the order in which they are repeated."""
+    return [*_sinkhorn_cases(), *_matching_cases(), *_attention_cases()]

@@ -29,12 +29,12 @@ def measure(run: Callable[[], Sequence[torch.Tensor]], device: torch.device) -> 
 
     Returns:
         clock: "graph", or "stream" where the call could not be recorded and is timed launch by launch between events,
-        or "wall" on a CPU. median_s, iqr_s, rounds; on a GPU also cold_median_s, wall_median_s and
-        wall_one_thread_median_s.
+        or "wall" on a CPU. median_s, iqr_s, rounds; on a GPU also cold_median_s, wall_median_s, wall_iqr_s,
+        wall_one_thread_median_s and wall_one_thread_iqr_s.
     """
     wall = _wall_seconds(run, device)
     if device.type != "cuda":
-        return {"clock": "wall", **_summary(wall)}
+        return {"clock": "wall", **_summary(wall), "rounds": len(wall)}
     with torch.autograd.set_multithreading_enabled(False):
         one_thread = _wall_seconds(run, device)
     try:
@@ -45,11 +45,13 @@ def measure(run: Callable[[], Sequence[torch.Tensor]], device: torch.device) -> 
         clock, replay = f"stream: {str(refusal).partition(chr(10))[0][:120]}", run
     once = statistics.median(_event_seconds(replay, 1, 3))
     rounds, replays = rounds_of(once), int(min(max(_ROUND_S / max(once, 1e-7), 1), _MOST_REPLAYS))
-    notes = {"clock": clock, **_summary(_event_seconds(replay, replays, rounds))}
-    return notes | {
+    return {
+        "clock": clock,
+        **_summary(_event_seconds(replay, replays, rounds)),
+        "rounds": rounds,
         "cold_median_s": significant(statistics.median(device_seconds(replay, rounds))),
-        "wall_median_s": significant(statistics.median(wall)),
-        "wall_one_thread_median_s": significant(statistics.median(one_thread)),
+        **_summary(wall, "wall_"),
+        **_summary(one_thread, "wall_one_thread_"),
     }
 
 
@@ -86,6 +88,6 @@ def _wall(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _summary(seconds: Sequence[float]) -> dict[str, Any]:
+def _summary(seconds: Sequence[float], clock: str = "") -> dict[str, float]:
     median, spread = quartiles(seconds)
-    return {"median_s": median, "iqr_s": spread, "rounds": len(seconds)}
+    return {f"{clock}median_s": median, f"{clock}iqr_s": spread}

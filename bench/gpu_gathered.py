@@ -55,10 +55,8 @@ def _repeats_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _train_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not found or not found["runs"]:
         return None
-    first = found["runs"][0]
-    return {"updates": found["updates"], "scenes": found["scenes"], "same_bits": found["same_bits"]} | {
-        key: first[key] for key in ("weights", "dev_scores", "loss")
-    }
+    told = {key: found[key] for key in ("updates", "scenes", "killed_after", "resumed_from", "same_bits")}
+    return told | {key: found["runs"][0][key] for key in ("weights", "dev_scores", "loss")}
 
 
 def _sanitizer_in_short(found: Mapping[str, Any] | None) -> dict[str, Any] | None:

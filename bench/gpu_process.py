@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -26,7 +26,7 @@ LINES, TURN = "RIDGELINE_LINES", "RIDGELINE_TURN"
 PREPARED_BY, ENDS_BY, PARENT = "RIDGELINE_PREPARED_BY", "RIDGELINE_ENDS_BY", "RIDGELINE_PARENT"
 # how long before its own end a worker ends its workers; shorter in its turn, of which every second counts
 MARGIN_S, TURN_MARGIN_S = 10.0, 3.0
-_HELD = {"held": True}
+_HELD, _DONE = {"held": True}, {"done": True}
 _TAIL_BYTES, _GRACE_S, _KILLED_S, _POLL_S = 2000, 5.0, 10.0, 0.1
 _PR_SET_PDEATHSIG = 1
 
@@ -50,8 +50,9 @@ class _Worker:
     turn: Path
     turn_s: float
     turn_share: float
-    rest: str = field(default="")
+    rest: str = ""
     held: bool = False
+    done: bool = False
 
 
 class Workers:
@@ -63,7 +64,7 @@ class Workers:
 
     A worker that times something first prepares it, side by side with the others, and then calls `wait_for_turn`. When
     all that run wait so, they get their turns one after the other, in the order of their start, each alone. One that
-    calls it again gets another turn after the others.
+    calls `stay` in its turn hands it on without ending, and is ended with the others when all turns are over.
 
     Args:
         at_once: how many run at the same time; the others wait. More may be started while they are heard.
@@ -125,6 +126,12 @@ class Workers:
         """
         self._waiting.append((name, command, environment or {}, turn_s, turn_share))
 
+    def kill(self, name: str) -> bool:
+        """Kill a worker as `kill -9` does; it is heard to have ended so. False if it does not run."""
+        if runs := name in self._running:
+            self._running[name].process.kill()
+        return runs
+
     def left(self) -> float:
         """Seconds until the time is up."""
         return self._deadline - time.monotonic()
@@ -141,7 +148,7 @@ class Workers:
             time.sleep(_POLL_S)
 
     def _start_waiting(self) -> None:
-        busy = sum(not worker.held for worker in self._running.values())
+        busy = sum(not worker.held and not worker.done for worker in self._running.values())
         while self._waiting and busy < self._at_once and self.left() > 0:
             self._spawn(*self._waiting.pop(0))
             busy += 1
@@ -182,13 +189,12 @@ class Workers:
     def _lines_of(self, name: str) -> Iterator[tuple[str, Line]]:
         worker = self._running[name]
         for line in _new_lines(worker):
-            if line != _HELD:
+            if line == _HELD:
+                worker.held = True
+            elif line == _DONE:
+                worker.done = True
+            else:
                 yield name, line
-                continue
-            worker.held = True
-            if self._turn is not None and self._turn[0] == name:
-                # it wants another turn: after the others
-                self._running[name] = self._running.pop(name)
 
     def _give_turns(self) -> Iterator[tuple[str, Line | Ended]]:
         """Give the next worker its turn, if all are prepared and nobody has it."""
@@ -205,7 +211,7 @@ class Workers:
             begin = max(now, self._prepared_by) if self._prepared_by < math.inf else now
             self._deadline = min(begin + self._seconds, ends - TURN_MARGIN_S)
             self._turns_s = self._deadline - now
-        elif self._turn[0] in self._running and not self._running[self._turn[0]].held:
+        elif self._turn[0] in self._running and not self._running[self._turn[0]].done:
             if time.monotonic() < self._turn[1]:
                 return
             yield from self._cut([self._turn[0]])
@@ -216,6 +222,8 @@ class Workers:
             self._turn = held[0], min(bound, now + worker.turn_share * self._turns_s, self._deadline)
             worker.held = False
             _write_whole(worker.turn, repr(self._turn[1]))
+        else:
+            yield from self._cut(list(self._running))
 
     def _end(self, name: str, code: int | None) -> Ended:
         worker = self._running.pop(name)
@@ -228,7 +236,7 @@ class Workers:
         self._terminate(names)
         for name in names:
             yield from self._lines_of(name)
-            yield name, self._end(name, None)
+            yield name, self._end(name, 0 if self._running[name].done else None)
         for name, *_ in self._waiting:
             yield name, Ended(code=None, tail="there was no time to start it")
         self._waiting.clear()
@@ -266,14 +274,26 @@ def wait_for_turn() -> float:
     if TURN not in os.environ:
         return math.inf
     note(**_HELD)
-    parent, turn = os.getppid(), Path(os.environ[TURN])
-    while not turn.exists():
-        if os.getppid() != parent:
-            sys.exit(f"{sys.argv[0]}: who gives the turns is gone")
-        time.sleep(_POLL_S)
+    _wait_for_parent(turn := Path(os.environ[TURN]))
     ends = float(turn.read_text())
     turn.unlink()
     return ends
+
+
+def stay() -> None:
+    """Hand the turn on and stay until all are over: a process that leaves a GPU takes a second or two to be gone."""
+    if TURN in os.environ:
+        note(**_DONE)
+        _wait_for_parent(Path(os.environ[TURN]))
+
+
+def _wait_for_parent(file: Path) -> None:
+    """Wait until the parent has written a file; leave when it is gone."""
+    parent = os.getppid()
+    while not file.exists():
+        if os.getppid() != parent:
+            sys.exit(f"{sys.argv[0]}: who gives the turns is gone")
+        time.sleep(_POLL_S)
 
 
 def note(**line: Any) -> None:
@@ -284,24 +304,6 @@ def note(**line: Any) -> None:
         return
     with open(os.environ[LINES], "a") as file:
         file.write(text + "\n")
-
-
-def side_by_side(
-    commands: Mapping[str, Sequence[str]],
-    *,
-    seconds: float,
-    at_once: int,
-    environment: Mapping[str, str] | None = None,
-) -> dict[str, str]:
-    """Run commands whose lines nobody needs; return what went wrong, by name."""
-    wrong = {}
-    with Workers(seconds=seconds, at_once=at_once) as workers:
-        for name, command in commands.items():
-            workers.start(name, command, environment)
-        for name, heard in workers:
-            if isinstance(heard, Ended) and heard.code != 0:
-                wrong[name] = f"{'cut' if heard.code is None else heard.code}: {heard.tail[-300:]}"
-    return wrong
 
 
 def share(things: Sequence[T], part: str) -> Sequence[T]:

@@ -26,6 +26,7 @@ from bench.gpu_process import (
     end_with_parent,
     note,
     seconds_to_prepare,
+    stay,
     wait_for_turn,
 )
 from bench.gpu_repeats import words
@@ -39,7 +40,7 @@ PLAIN = "plain"
 NO_TURN = "right, but had no turn"
 NO_TIME = "there was no time to check it"
 # of the time, what these may take in their turn, and each other process
-TURN_SHARES, OTHER_TURN_SHARE = {OURS: 0.5, PLAIN: 0.6}, 0.2
+TURN_SHARES, OTHER_TURN_SHARE = {OURS: 0.5, PLAIN: 0.6}, 0.4
 # many processes compile and load side by side: each by few threads
 ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "2"}
 
@@ -178,6 +179,7 @@ def _work(suite: str, worker: str) -> int:
     device = torch.device("cuda")
     for case in time_rows(rows_of(suite, worker, device), device):
         note(case=case)
+    stay()
     return 0
 
 

@@ -2,7 +2,7 @@
 
 Each way has a process of its own for each shape, and shows the loss of float64 before it is timed; a way of
 torch.compile shows that of what it compiles, and its rows have no error: see `bench.gpu_step_ways.plain_way`. All are
-prepared side by side and timed one after the other, alone; last come the profiles of ours. Rows are generated roofs.
+prepared side by side and timed one after the other, alone; ours is profiled, too. Rows are generated roofs.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, end_with_parent, note, wait_for_turn
+from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, end_with_parent, note, stay, wait_for_turn
 from bench.gpu_step_ways import COMPILED, OURS, UNBOUNDED, WAYS, build_way, checked_error
 from bench.measure import quartiles, significant
 from train.determinism import CUBLAS_WORKSPACE
@@ -107,7 +107,7 @@ def profile(one_step: Callable[[], object]) -> dict[str, Any]:
 
 
 def _work(way: str, shape: str) -> int:
-    """Be a worker: prepare, wait for the turn, note what was measured; of ours, after all others, also a profile."""
+    """Be a worker: prepare, wait for the turn, note what was measured; of ours also a profile."""
     end_with_parent()
     at, machine, one_step, loss = build_way(way, SHAPES[shape])
     case = _case(way, shape)
@@ -125,8 +125,9 @@ def _work(way: str, shape: str) -> int:
     wait_for_turn()
     note(case=case | time_steps(one_step, machine.device))
     if way == OURS:
-        wait_for_turn()
         note(profile={shape: profile(one_step)})
+    torch.cuda.empty_cache()
+    stay()
     return 0
 
 

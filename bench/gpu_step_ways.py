@@ -36,13 +36,13 @@ COMPILED = "torch.compile"
 # way -> options of torch.compile, in the order in which they matter if the time runs out
 WAYS: dict[str, Mapping[str, Any] | None] = {
     OURS: None,
+    f"{OURS}, one stream": None,
+    f"{OURS}, launch by launch": None,
     COMPILED: {},
     f"{COMPILED}, reduce-overhead": {"options": {"triton.cudagraphs": True}},
     f"{COMPILED}, deterministic": {"options": {"deterministic": True}},
     "eager": None,
-    f"{OURS}, one stream": None,
     "eager, deterministic": None,
-    f"{OURS}, launch by launch": None,
     f"{COMPILED}, max-autotune of 3 tiles": {
         "options": {
             "max_autotune_gemm": True,

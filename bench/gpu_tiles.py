@@ -16,13 +16,14 @@ import torch
 from bench.gpu_cases import Tensors, attention_inputs
 from bench.gpu_clock import measure
 from bench.gpu_process import (
+    Ended,
     Sheet,
+    Workers,
     end_on_sigterm,
     end_with_parent,
     note,
     seconds_to_prepare,
     share,
-    side_by_side,
     wait_for_turn,
 )
 from bench.gpu_rows import ATTENTION, BF16_TOLERANCE
@@ -125,9 +126,12 @@ def all_tiles() -> Iterator[tuple[str, Tile]]:
 
 def compile_ahead(module: str, seconds: float, processes: int) -> None:
     """Fill the cache of compiled kernels from processes side by side, each a worker of the module."""
-    command = [sys.executable, "-m", module, "--worker"]
-    commands = {part: [*command, part] for part in (f"{i}/{processes}" for i in range(processes))}
-    print(side_by_side(commands, seconds=seconds, at_once=processes))
+    with Workers(seconds=seconds, at_once=processes) as workers:
+        for part in (f"{i}/{processes}" for i in range(processes)):
+            workers.start(part, [sys.executable, "-m", module, "--worker", part])
+        for part, heard in workers:
+            if isinstance(heard, Ended) and heard.code != 0:
+                print(f"{part}: {'cut' if heard.code is None else heard.code}: {heard.tail[-300:]}")
 
 
 def _compile(part: str) -> int:

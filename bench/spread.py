@@ -21,7 +21,7 @@ from bench.results import Case, Results, key, measured, read_results
 
 
 class Ratio(NamedTuple):
-    """A peer's time over ours; `wall` is one of wall times, whose spread is not known: it is never called noise."""
+    """A peer's time over ours; noise is one inside both spreads, wall one of wall times beside other clocks."""
 
     value: float
     noise: bool
@@ -66,10 +66,22 @@ def ratio(ours: Case, peer: Case) -> Ratio | None:
     """
     clocks = {_clock(ours), _clock(peer)}
     if len(clocks) == 1 and clocks != {"stream"}:
-        return Ratio(peer["median_s"] / ours["median_s"], judge(ours, peer) == "noise")
+        return Ratio(peer["median_s"] / ours["median_s"], within_spread(ours, peer))
     if "wall_median_s" in ours and "wall_median_s" in peer:
-        return Ratio(peer["wall_median_s"] / ours["wall_median_s"], noise=False, wall=True)
+        return Ratio(peer["wall_median_s"] / ours["wall_median_s"], within_spread(ours, peer, "wall_"), wall=True)
     return None
+
+
+def within_spread(before: Case, after: Case, clock: str = "") -> bool:
+    """Whether two medians differ by no more than both spreads together; never where a spread was not kept.
+
+    Args:
+        clock: what the names of median and spread begin with: nothing, "wall_" or "wall_one_thread_".
+    """
+    if not all(f"{clock}iqr_s" in case for case in (before, after)):
+        return False
+    difference = abs(after[f"{clock}median_s"] - before[f"{clock}median_s"])
+    return difference <= before[f"{clock}iqr_s"] + after[f"{clock}iqr_s"]
 
 
 def _clock(case: Case) -> str | None:
@@ -81,10 +93,9 @@ def judge(before: Case, after: Case | None) -> str:
     """Return noise, slower, faster or lost."""
     if after is None or _clock(before) != _clock(after):
         return "lost"
-    difference = after["median_s"] - before["median_s"]
-    if abs(difference) <= before["iqr_s"] + after["iqr_s"]:
+    if within_spread(before, after):
         return "noise"
-    return "slower" if difference > 0 else "faster"
+    return "slower" if after["median_s"] > before["median_s"] else "faster"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

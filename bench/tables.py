@@ -40,8 +40,8 @@ still lie in the L2 cache; "cold" is a replay from a flushed L2 cache, "launched
 without a graph, Python included. What no graph can hold is timed launch by launch ("clock: stream").
 
 A ratio is the peer's median over ours in the same table: above 1 ours is faster; one inside both spreads is noise.
-Where one of the two is no replay of a graph, wall times are divided ("wall"), whose spread is not known; where they are
-not known either there is no ratio.
+Where one of the two is no replay of a graph, wall times are divided ("wall"), whose spread older files did not keep;
+where they are not known either there is no ratio.
 """
 
 
@@ -169,9 +169,8 @@ def _table(rows: Sequence[Case], everything: Sequence[Case]) -> list[str]:
 def _ratio_text(ratio: Ratio | None) -> str:
     if ratio is None:
         return ""
-    if ratio.noise or ratio.wall:
-        return f"{ratio.value:.2f} ({'noise' if ratio.noise else 'wall'})"
-    return f"**{ratio.value:.2f}**"
+    told = [word for word, holds in (("wall", ratio.wall), ("noise", ratio.noise)) if holds]
+    return f"{ratio.value:.2f} ({', '.join(told)})" if told else f"**{ratio.value:.2f}**"
 
 
 def _note(case: Case, everything: Sequence[Case]) -> str:
@@ -180,7 +179,8 @@ def _note(case: Case, everything: Sequence[Case]) -> str:
     if "clock" in case:
         notes.append(f"clock: {case['clock']}")
     if "wall_median_s" in case:
-        notes.append(f"launched one by one {time_text(case['wall_median_s'])}")
+        spread = f" ± {time_text(case['wall_iqr_s'])}" if "wall_iqr_s" in case else ""
+        notes.append(f"launched one by one {time_text(case['wall_median_s'])}{spread}")
     if "flops" in case:
         notes.append(f"{case['flops'] / seconds / 1e9:.3g} GFLOP/s")
     if "bytes" in case:

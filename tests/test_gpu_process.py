@@ -141,22 +141,34 @@ def test_a_sheet_is_whole_at_every_moment(tmp_path):
     assert gpu_process.LINES not in os.environ
 
 
-def test_one_that_waits_again_gets_another_turn_after_the_others():
-    twice = script(TURNS + "wait_for_turn(); note(does='times'); wait_for_turn(); note(does='profiles')")
-    once = script(TURNS + "time.sleep(1); wait_for_turn(); note(does='times')")
-    with Workers(seconds=60, at_once=3) as workers:
-        for name, command in {"a": twice, "b": once, "c": once}.items():
-            workers.start(name, command)
-        told = hear_turns(workers)
-    assert told == ["a times", "b times", "b ends", "c times", "c ends", "a profiles", "a ends"]
+STAYS = TURNS + "wait_for_turn(); note(does='times'); gpu_process.stay(); note(does='goes on')"
 
 
-def test_a_worker_that_wants_another_turn_and_hangs_is_cut_in_it():
-    hangs = script(TURNS + "wait_for_turn(); note(does='times'); wait_for_turn(); time.sleep(60)")
-    with Workers(seconds=5, at_once=3) as workers:
-        workers.start("a", hangs, turn_s=1)
+def test_one_that_stays_hands_its_turn_on_and_is_ended_with_the_others():
+    stays = script(f"from bench import gpu_process; {STAYS}")
+    with Workers(seconds=60, at_once=1) as workers:
+        workers.start("a", stays)
         workers.start("b", script(TURNS + "wait_for_turn(); note(does='times')"))
-        assert hear_turns(workers) == ["a times", "b times", "b ends", "a ends"]
+        workers.start("c", stays)
+        told = list(workers)
+    times = {"does": "times"}
+    assert told[:4] == [("a", times), ("b", times), ("b", Ended(code=0, tail="")), ("c", times)]
+    assert told[4:] == [("a", Ended(code=0, tail="")), ("c", Ended(code=0, tail=""))]
+
+
+def test_one_that_stays_ended_well_also_when_another_hangs_in_its_turn():
+    with Workers(seconds=4, at_once=2) as workers:
+        workers.start("a", script(f"from bench import gpu_process; {STAYS}"), turn_s=1)
+        workers.start("b", script(TURNS + "wait_for_turn(); time.sleep(60)"))
+        ends = {name: heard.code for name, heard in workers if isinstance(heard, Ended)}
+    assert ends == {"a": 0, "b": None}
+
+
+def test_a_worker_can_be_killed():
+    with Workers(seconds=60, at_once=1) as workers:
+        workers.start("a", script(NOTE + "import time; note(found=1); time.sleep(60)"))
+        ends = [heard.code if isinstance(heard, Ended) else workers.kill(name) for name, heard in workers]
+        assert ends == [True, -signal.SIGKILL] and not workers.kill("a")
 
 
 def test_what_a_turn_leaves_of_its_time_is_there_for_the_next():

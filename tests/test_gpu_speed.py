@@ -5,11 +5,12 @@ import functools
 import json
 import sys
 import time
+import types
 
 import pytest
 import torch
 
-from bench import gpu_cases, gpu_clock, gpu_repeats, gpu_rows, gpu_seams, gpu_speed, gpu_tiles, gpu_train
+from bench import gpu_cases, gpu_clock, gpu_repeats, gpu_rows, gpu_seams, gpu_speed, gpu_tiles
 from bench.gpu_cases import OperatorCase, attention_inputs, item
 from bench.gpu_repeats import cases
 from bench.gpu_step_peers import PlainPerceiver, plain_loss
@@ -170,23 +171,10 @@ def test_a_launch_with_nan_in_any_of_its_results_gets_no_time(wrong):
     assert "median_s" in gpu_tiles.time_caught(gpu_tiles.Caught(None), truth, truth)
 
 
-def test_the_short_recipe_has_all_stages_and_the_confidences_of_the_demo():
-    recipe = gpu_train.short_recipe(share=0.02, scenes=64)
-    first, _, last = recipe.stages
-    assert [stage.until for stage in recipe.stages] == [2500, 2700, 3400]
-    assert (first.warmup, last.cooldown_start, last.cooldown_steps) == (200, 3000, 400)
-    assert [stage.batch for stage in recipe.stages] == [32, 64, 64]
-    assert (recipe.loss.conf_target, recipe.postprocess.confidence) == ("partner", 0.25) and last.endpoint_weight > 0
-    with pytest.raises(ValueError, match="until must be at least 1, got 0"):
-        gpu_train.short_recipe(share=0, scenes=64)
-    runs = [{"files": {"a": "1"}, "weights": ["w"]}, {"files": {"a": "1"}, "weights": ["v"]}]
-    assert gpu_train.compare(runs[:1]) is None and gpu_train.compare(runs) is False
-    assert gpu_train.compare([runs[0], runs[0]]) is True
-
-
 def test_cases_of_training_come_first_and_names_are_unique():
     trained = [case.trained for case in cases()]
     assert trained == sorted(trained, reverse=True) and any(trained)
+    assert cases()[sum(trained)].name == "512x512"
     names = [(case.operator, case.name) for case in cases()]
     assert len(set(names)) == len(names)
 
@@ -284,6 +272,19 @@ def test_wall_time_is_that_of_a_warm_call():
     waits = iter([2 * gpu_clock.LONG_S] + [0.05] * gpu_clock.WARM_UP + [0.0] * 100)
     timed = gpu_clock.measure(lambda: [time.sleep(next(waits)) or torch.zeros(1)], CPU)
     assert timed["median_s"] < 0.01 and timed["iqr_s"] < 0.01 and timed["rounds"] == gpu_clock.ROUNDS
+
+
+def test_every_wall_clock_of_a_gpu_keeps_its_spread(monkeypatch):
+    graph = types.SimpleNamespace(replay=lambda: None)
+    clocks = {"record": lambda run: (graph, run()), "_event_seconds": lambda *_: [1.0, 1.0, 2.0]}
+    clocks |= {"device_seconds": lambda *_: [3.0], "_wall_seconds": lambda *_: next(walls)}
+    for name, clock in clocks.items():
+        monkeypatch.setattr(gpu_clock, name, clock)
+    walls = iter([[4.0, 5.0, 8.0], [6.0, 6.0, 6.0]])
+    timed = gpu_clock.measure(list, torch.device("cuda"))
+    assert (timed["median_s"], timed["iqr_s"], timed["cold_median_s"]) == (1.0, 0.5, 3.0)
+    assert (timed["wall_median_s"], timed["wall_iqr_s"]) == (5.0, 2.0)
+    assert (timed["wall_one_thread_median_s"], timed["wall_one_thread_iqr_s"]) == (6.0, 0.0)
 
 
 @pytest.mark.parametrize("suite", gpu_rows.SUITES)

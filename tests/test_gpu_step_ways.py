@@ -67,8 +67,9 @@ def test_a_row_has_an_error_only_where_the_code_that_was_checked_is_timed(way):
 
 def test_what_matters_most_has_its_turn_first_and_what_tries_out_kernels_one_shape():
     asked = gpu_step.asked_for(list(gpu_step.WAYS), list(gpu_step.SHAPES))
-    first = list(dict.fromkeys(way for way, _ in asked))[:4]
-    assert first == ["ridgeline", "torch.compile", "torch.compile, reduce-overhead", "torch.compile, deterministic"]
+    ways = list(dict.fromkeys(way for way, _ in asked))
+    assert ways[:3] == ["ridgeline", "ridgeline, one stream", "ridgeline, launch by launch"]
+    assert ways[3:6] == ["torch.compile", "torch.compile, reduce-overhead", "torch.compile, deterministic"]
     assert [shape for way, shape in asked if "max-autotune" in way] == ["32 x 2048"] * 2
     assert len(asked) == 2 * (len(gpu_step.WAYS) - 2) + 2
 

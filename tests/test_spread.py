@@ -133,4 +133,8 @@ def test_a_ratio_is_of_times_on_one_clock():
     wall = {"wall_median_s": 4.0}, {"wall_median_s": 10.0}
     assert ratio(kernels | wall[0], waits | wall[1]) == (2.5, False, True)
     assert ratio(waits | wall[0], waits | wall[1]) == (2.5, False, True)
+    for spread, noise in ((2.9, False), (3.0, True)):
+        kept = wall[0] | {"wall_iqr_s": 3.0}, wall[1] | {"wall_iqr_s": spread}
+        assert ratio(kernels | kept[0], waits | kept[1]) == (2.5, noise, True)
+    assert ratio(kernels | kept[0], waits | wall[1]) == (2.5, False, True)
     assert ratio(kernels | wall[0], number(3.0, 0.1)) is None

@@ -130,7 +130,16 @@ def test_kernels_time_is_not_compared_with_what_python_launches():
     files = report(ours, waits, on_gpu("no wall", 3e-3, "stream: it waits"), on_gpu("einsum", 3e-5))
     assert row(files, "slow")[3] == "50.00 (wall)" and row(files, "no wall")[3] == ""
     assert row(files, "einsum")[3] == "**3.00**"
+    assert "launched one by one 10 ms" in row(files, "slow")[-1] and "±" not in row(files, "slow")[-1]
     assert ">50.00 (wall)</text>" in files["cpu-ratios.svg"] and "no wall" not in files["cpu-ratios.svg"]
+
+
+def test_a_ratio_of_wall_times_inside_their_spread_is_noise():
+    ours = on_gpu("ridgeline", 1e-5, wall_median_s=2e-4, wall_iqr_s=1e-4)
+    files = report(ours, on_gpu("slow", 8e-3, "stream: it waits", wall_median_s=3e-4, wall_iqr_s=1e-5))
+    assert row(files, "slow")[3] == "1.50 (wall, noise)"
+    assert row(files, "slow")[-1].endswith("launched one by one 300 µs ± 10 µs")
+    assert "inside the spread" in files["cpu-ratios.svg"]
 
 
 def test_a_table_of_operators_on_a_gpu_tells_the_time_from_a_cold_cache():
