@@ -194,8 +194,7 @@ def sinkhorn_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return plan, row slack, column slack, (u, v) from the start on and who scales [B].
 
-    The potentials are for the backward alone: [B, N+1 + M+1, T+1], of which the form for large problems keeps the shape
-    and not the order; in the eager form [B, T+1, N+1 + M+1].
+    Potentials are for the backward: [B, N+1 + M+1, T+1], in large problems in another order; eager [B, T+1, N+1 + M+1].
     """
     N, M = cost.shape[1:]
     if impl == "triton" and max(N, M) <= sinkhorn_small.MAX_TILE:
@@ -248,6 +247,8 @@ def sinkhorn_backward(
     sinkhorn_eager.only_massive(G, log_mass_a, log_mass_b)
     with torch.autocast(cost.device.type, enabled=False):
         grad_Z, grad_a, grad_b = sinkhorn_eager.reverse(G, Z, log_mass_a, log_mass_b, shift, potentials, scales)
+    if dustbin is None:
+        grad_a, grad_b = sinkhorn_eager.without_drift(grad_a, grad_b, log_mass_a, log_mass_b)
     grad_cost = (grad_Z[:, :N, :M] / -eps).to(cost.dtype)
     grad_dustbin = (grad_Z[:, :, M].sum(1) + grad_Z[:, N, :M].sum(1)) / -eps
     # with weights a bin's mass is the total of the other side

@@ -57,6 +57,17 @@ def reverse(
     return grads
 
 
+def without_drift(grad_log_a: Tensor, grad_log_b: Tensor, log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the log masses of problems without a bin, less the rounding that has added up in them.
+
+    A shift of log a changes no plan, so d log a sums to 0. What an iteration's rounding makes of this sum all further
+    ones hand on undamped, to rows as their masses and, negated, to columns as theirs. With a bin it cancels: the mass
+    of a bin is the total of the other side.
+    """
+    drift = grad_log_a.sum(1, keepdim=True)
+    return grad_log_a - drift * _shares(log_a), grad_log_b + drift * _shares(log_b)
+
+
 def _solve_scaling(Z, log_a, log_b, iterations, shift):
     K, start = _absorb(Z, log_a, log_b, shift)
     (a, no_a), (b, no_b) = _masses(log_a), _masses(log_b)
@@ -165,6 +176,11 @@ def _masses(log_mass):
     """Return masses [B, 1, *], and 1 where there is none, else 0."""
     mass = log_mass.exp()[:, None]
     return mass, (mass == 0).to(mass)
+
+
+def _shares(log_mass):
+    """Return mass / total mass, 0 where there is none."""
+    return log_mass.softmax(1).masked_fill(log_mass == -math.inf, 0)
 
 
 def _least(log_mass):

@@ -112,17 +112,9 @@ def sinkhorn_large_backward(
         for t in range(T, 0, -1):
             for of_rows, grid in reversed(_half_steps(B, N, M)):
                 _sinkhorn_large_bwd_kernel[grid](
-                    *problem,
-                    *upstream,
-                    coefficients,
-                    grad_log_masses,
-                    t,
-                    ROWS=of_rows,
-                    LAST=t == T,
-                    OWN=OWN,
-                    OTHER=OTHER,
-                    num_warps=WARPS,
-                )
+                    *problem, *upstream, coefficients, grad_log_masses, t,
+                    ROWS=of_rows, LAST=t == T, OWN=OWN, OTHER=OTHER, num_warps=WARPS,
+                )  # fmt: skip
         _sinkhorn_large_grad_kernel[_tiles(B, N, M)](
             *problem, *upstream, coefficients, grad_cost, grad_bins, TILE=TILE, UNROLL=UNROLL
         )
@@ -358,32 +350,44 @@ def _sinkhorn_large_marginals_kernel(
     for start in range(0, M, BLOCK):
         dZc += tl.load(bins_at + N + 1 + start + offs, start + offs < M, other=0.0)
     tl.store(grad_dustbin_ptr + item, neg_inv_eps * (tl.sum(dZr) + tl.sum(dZc) + tl.load(bins_at + N)))
-    # with weights and a dustbin, a_bin = sum b and b_bin = sum a
     alpha_at = vectors_of_item(grad_log_masses_ptr, N, M, 0)
     beta_at = alpha_at + N + 1
-    log_a_bin, log_b_bin = tl.load(log_mass_a_at + N), tl.load(log_mass_b_at + M)
+    if dustbin_ptr is not None:
+        # with weights a_bin = sum b and b_bin = sum a
+        to_a, to_b = tl.load(beta_at + M), tl.load(alpha_at + N)
+        log_total_a, log_total_b = tl.load(log_mass_b_at + M), tl.load(log_mass_a_at + N)
+    else:
+        # d log a sums to 0 but for rounding, see `sinkhorn_eager.without_drift`
+        to_b, log_total_a = _sum_of_marginal(alpha_at, log_mass_a_at, N, BLOCK)
+        to_a = -to_b
+        _, log_total_b = _sum_of_marginal(beta_at, log_mass_b_at, M, BLOCK)
     if grad_log_a_ptr is not None:
         for start in range(0, N, BLOCK):
-            _store_weights_grad(
-                grad_log_a_ptr, start, N, item, alpha_at, log_mass_a_at, tl.load(beta_at + M), log_b_bin, BLOCK
-            )
+            _store_weights_grad(grad_log_a_ptr, start, N, item, alpha_at, log_mass_a_at, to_a, log_total_a, BLOCK)
     if grad_log_b_ptr is not None:
         for start in range(0, M, BLOCK):
-            _store_weights_grad(
-                grad_log_b_ptr, start, M, item, beta_at, log_mass_b_at, tl.load(alpha_at + N), log_a_bin, BLOCK
-            )
+            _store_weights_grad(grad_log_b_ptr, start, M, item, beta_at, log_mass_b_at, to_b, log_total_b, BLOCK)
 
 
 @triton.jit
-def _store_weights_grad(grad_ptr, start, size, item, own_at, log_mass_at, grad_bin, log_bin, BLOCK: tl.constexpr):
-    """Store a block's gradient of log weights: its own and its share of the gradient of the other side's bin.
+def _sum_of_marginal(own_at, log_mass_at, size, BLOCK: tl.constexpr):
+    """Return the sum of a side's gradients of log masses, and the logarithm of its mass."""
+    own, mass = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        own += tl.load(own_at + offs, offs < size, other=0.0)
+        mass += tl.exp(tl.load(log_mass_at + offs, offs < size, other=-INF))
+    return tl.sum(own), tl.log(tl.sum(mass))
 
-    That bin holds the total of these weights: d log total / d log a_i = a_i / total, 0 where there is no mass or bin.
-    """
+
+@triton.jit
+def _store_weights_grad(grad_ptr, start, size, item, own_at, log_mass_at, shared, log_total, BLOCK: tl.constexpr):
+    """Store a block's gradient of log weights: its own and its share, as d log total / d log a_i, of another number."""
     offs = start + tl.arange(0, BLOCK)
     log_mass = tl.load(log_mass_at + offs, offs < size, other=-INF)
-    share = tl.where(log_mass == -INF, 0.0, tl.where(log_bin == -INF, 0.0, tl.exp(log_mass - log_bin)))
-    tl.store(grad_ptr + item * size + offs, tl.load(own_at + offs, offs < size) + grad_bin * share, offs < size)
+    # 0 where there is no mass or no bin
+    share = tl.where(log_mass == -INF, 0.0, tl.where(log_total == -INF, 0.0, tl.exp(log_mass - log_total)))
+    tl.store(grad_ptr + item * size + offs, tl.load(own_at + offs, offs < size) + shared * share, offs < size)
 
 
 @triton.jit

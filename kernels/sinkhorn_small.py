@@ -170,14 +170,18 @@ def _sinkhorn_bwd_kernel(
     dZ, dz, da, da_bin, db, db_bin = reverse_tile(G, Gr, Gc, Z, z, masses, history, scales, SHIFT)
     tl.store(grad_cost_ptr + (item * N + row) * M + col, neg_inv_eps * dZ, (row < N) & (col < M))
     tl.store(grad_dustbin_ptr + item + tl.zeros([1, 1, 1, 1], tl.int32), neg_inv_eps * dz)
-    # with weights a_bin = sum b and b_bin = sum a
+    if dustbin_ptr is not None:
+        # with weights a_bin = sum b and b_bin = sum a
+        to_a, to_b, log_total_a, log_total_b = db_bin, da_bin, log_b_bin, log_a_bin
+    else:
+        # d log a sums to 0 but for rounding, see `sinkhorn_eager.without_drift`
+        to_b = sum_over(da, 0)
+        to_a, log_total_a, log_total_b = -to_b, _log_total(log_a, 0), _log_total(log_b, 1)
     if log_a_ptr is not None:
-        if dustbin_ptr is not None:
-            da += db_bin * tl.where(log_a != -INF, tl.exp(log_a - log_b_bin), 0.0)
+        da += to_a * tl.where(log_a != -INF, tl.exp(log_a - log_total_a), 0.0)
         tl.store(grad_log_a_ptr + item * N + row, da, row < N)
     if log_b_ptr is not None:
-        if dustbin_ptr is not None:
-            db += da_bin * tl.where(log_b != -INF, tl.exp(log_b - log_a_bin), 0.0)
+        db += to_b * tl.where(log_b != -INF, tl.exp(log_b - log_total_b), 0.0)
         tl.store(grad_log_b_ptr + item * M + col, db, col < M)
 
 

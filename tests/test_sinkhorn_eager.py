@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.sinkhorn import sinkhorn
-from tests.sinkhorn_problems import KINDS, cast, problem
+from tests.sinkhorn_problems import KINDS, assert_without_drift, balanced, cast, problem
 
 SETTINGS = {"eps": 0.4, "iterations": 3}
 FORMS = (("eager", "log"), ("eager", "scaling"), ("triton", "auto"))
@@ -31,6 +31,16 @@ def test_nothing_in_the_padding_of_an_upstream_gradient_leaks(impl, path, kind, 
         *(gradients(arguments, upstream, impl=impl, _path=path) for upstream in (dirty, clean)), strict=True
     ):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("impl", "path", "problems"), [("eager", "log", 40), ("eager", "scaling", 40), ("triton", "auto", 3)]
+)
+def test_rounding_does_not_add_up_in_the_gradients_of_weights(impl, path, problems, device):
+    """d log a sums to 0, so that only rounding is left in it of a part that no iteration damps."""
+    for seed in range(problems):
+        N, M = 2 + seed % 5, 2 + seed % 7
+        assert_without_drift(balanced(N, M, seed), device, impl=impl, _path=path)
 
 
 @pytest.mark.parametrize("number", [numpy.float32(0.25), numpy.float64(0.25), numpy.int64(2), 2])

@@ -6,7 +6,15 @@ import torch
 from kernels import sinkhorn_large, sinkhorn_small
 from kernels.sinkhorn import sinkhorn
 from tests.accuracy import assert_accurate
-from tests.sinkhorn_problems import KINDS, cast, differentiate, problem, truth_and_eager
+from tests.sinkhorn_problems import (
+    KINDS,
+    assert_without_drift,
+    balanced,
+    cast,
+    differentiate,
+    problem,
+    truth_and_eager,
+)
 
 SETTINGS = {"eps": 0.4, "iterations": 2}
 
@@ -44,6 +52,11 @@ def test_so_are_those_of_problems_of_several_blocks_as_they_are_launched(device)
 def test_iterations_that_do_not_fill_the_last_round_of_loads_count(no_tiles, device):
     iterations = sinkhorn_large.UNROLL + 2
     _assert_as_accurate_as_eager(problem("full", B=2, N=34, M=20), device, iterations=iterations)
+
+
+def test_rounding_does_not_add_up_in_the_gradients_of_weights(no_tiles, device):
+    """Of a problem in which more than the floor of it does, were it not taken out."""
+    assert_without_drift(balanced(3, 5, seed=7), device, impl="triton")
 
 
 def test_the_same_call_gives_the_same_bits(no_tiles, device):
