@@ -30,6 +30,7 @@ from kernels.sinkhorn_layout import (
     load_form_vectors,
     load_vectors,
     max_over,
+    rounded,
     row_vector,
     store_form_vectors,
     store_vectors,
@@ -138,10 +139,10 @@ def _iterate(kernel, masses, pads, v, v_bin, history, SHIFT: tl.constexpr, SAVE:
     for t in range(history[3]):
         # u = a / (K v)
         share = _share_of_copies(v_bin)
-        u = _quotient(a, tl.sum(tl.sum(K * v, 1, keep_dims=True) + kr * share, 3, keep_dims=True) + pad_a)
-        u_bin = _quotient(a_bin, tl.sum(tl.sum(kc * v, 1, keep_dims=True) + kk * share, 3, keep_dims=True) + pad_a_bin)
+        u = _quotient(a, tl.sum(tl.sum(rounded(K * v), 1, keep_dims=True) + kr * share, 3, keep_dims=True) + pad_a)
+        u_bin = _quotient(a_bin, tl.sum(tl.sum(rounded(kc * v), 1, keep_dims=True) + kk * share, 3, keep_dims=True) + pad_a_bin)
         # v = b / (K^T u)
-        total, total_bin = sum_rows_of_both(K * u, kr * u)
+        total, total_bin = sum_rows_of_both(rounded(K * u), rounded(kr * u))
         v = _quotient(b, total + kc * u_bin + pad_b)
         v_bin = _quotient(b_bin, total_bin + kk * u_bin + pad_b_bin)
         if not SHIFT:
@@ -170,8 +171,8 @@ def reverse_scaling(G, Gr, Gc, bordered, z, masses, history, SHIFT: tl.constexpr
     u, u_bin, v, v_bin = vectors
     # S = G u v^T;  gu = (G K) v;  gv = (G K)^T u
     S = G * u * v
-    gu, gu_bin = sum_over(G * K * v, 1) + Gr * kr * v_bin, sum_over(Gc * kc * v, 1)
-    gv, gv_bin = sum_over(G * K * u, 0) + Gc * kc * u_bin, sum_over(Gr * kr * u, 0)
+    gu, gu_bin = sum_over(rounded(G * K * v), 1) + Gr * kr * v_bin, sum_over(rounded(Gc * kc * v), 1)
+    gv, gv_bin = sum_over(rounded(G * K * u), 0) + Gc * kc * u_bin, sum_over(rounded(Gr * kr * u), 0)
     kernel, gradients, masses = (K, kr, kc, kk), (S, gu, gu_bin, gv, gv_bin), _exp(masses)
     if K.shape[0] * K.shape[2] == IN_FORMS and K.shape[1] * K.shape[3] == IN_FORMS:
         dZ, dz, da, da_bin, db, db_bin = _reverse_in_forms(kernel, gradients, vectors, masses, history, SHIFT)
@@ -248,16 +249,16 @@ def _reverse(kernel, gradients, vectors, masses, history):
         db_bin += gv_bin * v_bin
         q, q_bin = -(gv * v) * divide_or_zero(v, b), -(gv_bin * v_bin) * divide_or_zero(v_bin, b_bin)
         S += u * q
-        kc_q = sum_over(kc * q, 1)
-        gu += sum_over(K * q, 1) + kr * q_bin
+        kc_q = sum_over(rounded(kc * q), 1)
+        gu += sum_over(rounded(K * q), 1) + kr * q_bin
         gu_bin += kc_q + kk * q_bin
         # da += gu u;  p = -(gu u) (u / a);  S += p w^T;  gv = K^T p
         da += gu * u
         da_bin += gu_bin * u_bin
         p, p_bin = -(gu * u) * divide_or_zero(u, a), -(gu_bin * u_bin) * divide_or_zero(u_bin, a_bin)
         S += p * w
-        kr_p = sum_over(kr * p, 0)
-        gv, gv_bin = sum_over(K * p, 0) + kc * p_bin, kr_p + kk * p_bin
+        kr_p = sum_over(rounded(kr * p), 0)
+        gv, gv_bin = sum_over(rounded(K * p), 0) + kc * p_bin, kr_p + kk * p_bin
         dz += u_bin * kc_q + w_bin * kr_p
         gu, gu_bin = tl.zeros_like(gu), tl.zeros_like(gu_bin)
         u, u_bin, v, v_bin = u_next, u_next_bin, w, w_bin

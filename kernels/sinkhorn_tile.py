@@ -19,7 +19,7 @@ and the bins likewise; they give the same result.
 import triton
 import triton.language as tl
 
-from kernels.sinkhorn_layout import INF, divide_or_zero, finite, load_vectors, max_over, store_vectors, sum_over
+from kernels.sinkhorn_layout import INF, divide_or_zero, finite, load_vectors, max_over, rounded, store_vectors, sum_over
 from kernels.sinkhorn_scaling import may_scale, reverse_scaling, solve_scaling
 
 AUTO = tl.constexpr(0)
@@ -128,8 +128,8 @@ def _reverse_log(G, Gr, Gc, bordered, masses, history):
         E, Er, Ec, Ek = _plan(bordered, u, u_bin, v, v_bin)
         q, q_bin = divide_or_zero(gv, sum_over(E, 0) + Ec), divide_or_zero(gv_bin, sum_over(Er, 0) + Ek)
         dZ -= E * q
-        Ec_q = sum_over(Ec * q, 1)
-        gu -= sum_over(E * q, 1) + Er * q_bin
+        Ec_q = sum_over(rounded(Ec * q), 1)
+        gu -= sum_over(rounded(E * q), 1) + Er * q_bin
         gu_bin -= Ec_q + Ek * q_bin
         # da += gu;  E = exp(Z + u + w);  Q = E gu / rowsum E;  dZ -= Q;  gv = -colsum Q
         da += gu
@@ -137,8 +137,8 @@ def _reverse_log(G, Gr, Gc, bordered, masses, history):
         E, Er, Ec, Ek = _plan(bordered, u, u_bin, w, w_bin)
         p, p_bin = divide_or_zero(gu, sum_over(E, 1) + Er), divide_or_zero(gu_bin, sum_over(Ec, 1) + Ek)
         dZ -= E * p
-        Er_p = sum_over(Er * p, 0)
-        gv, gv_bin = -sum_over(E * p, 0) - Ec * p_bin, -Er_p - Ek * p_bin
+        Er_p = sum_over(rounded(Er * p), 0)
+        gv, gv_bin = -sum_over(rounded(E * p), 0) - Ec * p_bin, -Er_p - Ek * p_bin
         # a Q's sum over the bin's row or column is the gu_bin or gv_bin it came from: in da_bin and db_bin
         dz -= Ec_q + Er_p
         gu, gu_bin = tl.zeros_like(gu), tl.zeros_like(gu_bin)
