@@ -14,7 +14,7 @@ from perceiver.wireframe import PostprocessConfig
 from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_newest, tensors_digest
 from train.config import Recipe, differing_keys, recipe_from_dict, recipe_to_dict
 from train.rundir import RunDirectory, RunRefused
-from train.trace import tail_of
+from train.trace import Line, digest, state_tensors, tail_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,42 @@ def load_start(path: Path, stage: int, recipe: Recipe) -> StartPoint:
     return StartPoint(loaded=loaded, stage=stage)
 
 
+def begun_with(start: Line, file: Path | None, recipe: Recipe, machine: Mapping[str, str]) -> Checkpoint | None:
+    """Load the state that a run began with, as a checkpoint; None stands for the initial weights.
+
+    Args:
+        start: the first line of the run's trace.
+        file: where the weights are that the run began with; None where nobody says.
+        machine: what the run was computed with.
+    Raises:
+        ValueError: the run began with a file that is not given, or not this one; or with no file.
+    """
+    origin = start["from"]
+    if origin is None:
+        if file:
+            raise ValueError(f"the run began with its initial weights, not with those of {file}")
+        return None
+    if file is None:
+        name = origin.get("file")
+        raise ValueError(f"the run began with the weights of {name}, which verify and replay take with --from")
+    try:
+        loaded = load_start(file, start["stage"], recipe).loaded
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is not the file that the run began with: {error}") from error
+    model, optimizer = loaded.model.state_dict(), loaded.optimizer or {}
+    digests = {"weights": (loaded.record["weights"], origin.get("weights"))}
+    if optimizer:
+        # without an optimizer the state follows from the weights: another digest of it is the run's fault
+        digests["state"] = digest(state_tensors(model, optimizer)), start["state"]
+    for name, (found, said) in digests.items():
+        if found != said:
+            raise ValueError(
+                f"{file} is not the file that the run began with: the digest of its {name} is {found}, not {said}"
+            )
+    values = recipe_to_dict(recipe)
+    return Checkpoint(step=start["step"], model=model, optimizer=optimizer, recipe=values, machine=machine)
+
+
 def load_state(directory: RunDirectory, recipe: Recipe) -> tuple[Checkpoint, str | None] | None:
     """Load the state that a run goes on from: its newest checkpoint or, where none is usable, the newest that stays.
 
@@ -133,12 +169,15 @@ def load_state(directory: RunDirectory, recipe: Recipe) -> tuple[Checkpoint, str
 
 def stage_states(directory: RunDirectory, recipe: Recipe) -> dict[Path, int]:
     """The files of the states that a finished run keeps of its stages, in the order of their steps, and these."""
-    begun = next((line["stage"] for line in directory.read("trace") if line["kind"] == "start"), 1)
     steps = {}
-    for number in range(begun, len(recipe.stages) + 1):
+    for number in range(_first_stage(directory), len(recipe.stages) + 1):
         steps[directory.stage_tail(number)] = tail_of(recipe, number)
         steps[directory.stage_checkpoint(number)] = recipe.stages[number - 1].until
     return steps
+
+
+def _first_stage(directory: RunDirectory) -> int:
+    return next((line["stage"] for line in directory.read("trace") if line["kind"] == "start"), 1)
 
 
 def _kept_before_the_end(directory: RunDirectory, recipe: Recipe) -> list[Path]:
@@ -146,13 +185,10 @@ def _kept_before_the_end(directory: RunDirectory, recipe: Recipe) -> list[Path]:
 
     The end is made again from the state before it: a crash may have come before its scores or its certificate.
     """
-    numbers = range(1, len(recipe.stages) + 1)
-    steps = {directory.stage_checkpoint(n): recipe.stages[n - 1].until for n in numbers}
-    steps |= {
-        directory.stage_tail(n): tail_of(recipe, n) for n in numbers if tail_of(recipe, n) > recipe.start_of(n - 1)
-    }
+    steps = stage_states(directory, recipe)
     steps |= {path: int(path.stem[4:]) for path in directory.kept_states() if path.stem.startswith("step")}
-    found = [path for path, step in steps.items() if step < recipe.stages[-1].until and path.is_file()]
+    start, end = recipe.start_of(_first_stage(directory) - 1), recipe.stages[-1].until
+    found = [path for path, step in steps.items() if start < step < end and path.is_file()]
     return sorted(found, key=lambda path: steps[path], reverse=True)
 
 
