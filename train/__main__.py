@@ -239,7 +239,7 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _load(options: argparse.Namespace) -> tuple[LoadedModel, Machine]:
-    """The model, and the arithmetic it was trained in unless flags say otherwise."""
+    """The model, and the arithmetic it was trained in unless flags say otherwise; say which weights it has."""
     loaded = load_model(options.model)
     machine = enter(
         threads=loaded.threads if options.threads is None else options.threads,
@@ -250,6 +250,12 @@ def _load(options: argparse.Namespace) -> tuple[LoadedModel, Machine]:
     if options.confidence is not None:
         postprocess = dataclasses.replace(loaded.postprocess, confidence=options.confidence)
         loaded = dataclasses.replace(loaded, postprocess=postprocess)
+    step, until = loaded.record["step"], loaded.until
+    if step is None or until is None:
+        print(f"weights of {options.model}, the published form")
+    else:
+        unfinished = ": the run is not finished" if options.model.is_dir() and step < until else ""
+        print(f"weights of {options.model}, step {step:,} of {until:,}{unfinished}")
     return loaded, machine
 
 

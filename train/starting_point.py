@@ -19,12 +19,16 @@ from train.trace import Line, digest, state_tensors, tail_of
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model on the CPU, the post-processing and arithmetic of its recipe, and what is known of its weights."""
+    """A model on the CPU, the post-processing and arithmetic of its recipe, and what is known of its weights.
+
+    until: the last step of the recipe; None where there is none.
+    """
 
     model: Perceiver
     postprocess: PostprocessConfig
     record: Mapping[str, Any]
     optimizer: Mapping[str, Any] | None = None
+    until: int | None = None
     threads: int = 2
     precision: str = "auto"
     impl: str = "auto"
@@ -68,6 +72,7 @@ def load_model(path: Path) -> LoadedModel:
         postprocess=recipe.postprocess,
         record={"file": path.name, "step": checkpoint.step, "weights": tensors_digest(checkpoint.model)},
         optimizer=checkpoint.optimizer,
+        until=recipe.stages[-1].until,
         threads=recipe.threads,
         precision=recipe.precision,
         impl=recipe.impl,
