@@ -19,7 +19,8 @@ from train.batches import StageBatches, check_batches, stage_data
 from train.certificate import code_files, describe_environment, loaded_cubins, write_certificate
 from train.checkpoint import Checkpoint, is_usable, save_checkpoint, tensors_digest
 from train.config import Recipe, StageConfig, recipe_to_dict
-from train.data import StageData, describe_coverage
+from train.coverage import describe_coverage
+from train.data import StageData
 from train.determinism import FP_FUSION, Machine, check_state, enter
 from train.evaluate import Evaluation, evaluate, format_scores, write_scores
 from train.examples import write_examples
