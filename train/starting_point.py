@@ -174,15 +174,12 @@ def load_state(directory: RunDirectory, recipe: Recipe) -> tuple[Checkpoint, str
 
 def stage_states(directory: RunDirectory, recipe: Recipe) -> dict[Path, int]:
     """The files of the states that a finished run keeps of its stages, in the order of their steps, and these."""
+    begun = next((line["stage"] for line in directory.read("trace") if line["kind"] == "start"), 1)
     steps = {}
-    for number in range(_first_stage(directory), len(recipe.stages) + 1):
+    for number in range(begun, len(recipe.stages) + 1):
         steps[directory.stage_tail(number)] = tail_of(recipe, number)
         steps[directory.stage_checkpoint(number)] = recipe.stages[number - 1].until
     return steps
-
-
-def _first_stage(directory: RunDirectory) -> int:
-    return next((line["stage"] for line in directory.read("trace") if line["kind"] == "start"), 1)
 
 
 def _kept_before_the_end(directory: RunDirectory, recipe: Recipe) -> list[Path]:
@@ -190,10 +187,13 @@ def _kept_before_the_end(directory: RunDirectory, recipe: Recipe) -> list[Path]:
 
     The end is made again from the state before it: a crash may have come before its scores or its certificate.
     """
-    steps = stage_states(directory, recipe)
+    numbers = range(1, len(recipe.stages) + 1)
+    steps = {directory.stage_checkpoint(n): recipe.stages[n - 1].until for n in numbers}
+    steps |= {
+        directory.stage_tail(n): tail_of(recipe, n) for n in numbers if tail_of(recipe, n) > recipe.start_of(n - 1)
+    }
     steps |= {path: int(path.stem[4:]) for path in directory.kept_states() if path.stem.startswith("step")}
-    start, end = recipe.start_of(_first_stage(directory) - 1), recipe.stages[-1].until
-    found = [path for path, step in steps.items() if start < step < end and path.is_file()]
+    found = [path for path, step in steps.items() if step < recipe.stages[-1].until and path.is_file()]
     return sorted(found, key=lambda path: steps[path], reverse=True)
 
 
