@@ -62,7 +62,11 @@ def as_number(name: str, value: Any) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {_described(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        # too long to print
+        raise ValueError(f"{name} must be in the range of floats, got {type(value).__name__} beyond it") from None
 
 
 def as_count(name: str, value: Any) -> int:

@@ -365,7 +365,7 @@ def _check_dustbin(dustbin, cost) -> None:
             )
     elif dustbin is not None and (isinstance(dustbin, bool) or not isinstance(dustbin, Real)):
         raise ValueError(f"dustbin must be a number or a tensor, got {dustbin!r}")
-    elif dustbin is not None and not -math.inf < float(dustbin) < math.inf:
+    elif dustbin is not None and not -math.inf < as_number("dustbin", dustbin) < math.inf:
         raise ValueError(f"dustbin must be finite, got {dustbin}")
 
 

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +77,15 @@ def test_operators_take_the_numbers_of_numpy_as_their_own(operator):
 def test_what_is_no_number_is_refused_by_name(value):
     with pytest.raises(ValueError, match=r"^eps must be a number, got "):
         as_number("eps", value)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**5000), Fraction(10**400)], ids=["int", "long int", "fraction"])
+def test_a_number_beyond_all_floats_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=r"^eps must be in the range of floats, got (int|Fraction) beyond it$"):
+        as_number("eps", value)
+    for operator in ("sinkhorn", "match_segments"):
+        with pytest.raises(ValueError, match=r"^dustbin must be in the range of floats"):
+            getattr(kernels, operator)(**OPERATORS[operator] | {"dustbin": value})
 
 
 @pytest.mark.parametrize("value", ["1", None, True, np.True_, 0, -1, 1.0, np.ones(1), np.ones(2, int), torch.tensor(1)])
