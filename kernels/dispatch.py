@@ -60,6 +60,8 @@ def as_number(name: str, value: Any) -> float:
     Raises:
         ValueError: naming the argument; of a tensor too, which would lose its gradient on the way into the operator.
     """
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {_described(value)}")
     try:
