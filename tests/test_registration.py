@@ -232,6 +232,12 @@ def _with_an_argument_less():
         scaled(torch.ones(3))
 
 
+def _left_by_a_transform():
+    left = []
+    torch.func.grad(lambda x: left.append(x) or x.sum())(torch.ones(3))
+    scaled(*left, 2.0)
+
+
 class _Doubled(torch.autograd.Function):
     """Its backward is an operator."""
 
@@ -251,6 +257,7 @@ LOOKED_ON = {
     "a trace": _traced,
     "a vmap": lambda: torch.func.vmap(lambda x: scaled(x, 2.0))(torch.ones(2, 3)),
     "a tangent": _with_a_tangent,
+    "a tensor that a transform left": _left_by_a_transform,
     "gradients of a batch": _with_gradients_of_a_batch,
     "no values": lambda: scaled(torch.ones(3, device="meta"), 2.0),
     "a negative view": lambda: scaled(torch._neg_view(torch.ones(3)), 2.0),
