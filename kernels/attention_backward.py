@@ -28,6 +28,7 @@ from kernels.attention_tile import (
     strides,
     valid_keys,
 )
+from kernels.dispatch import cdiv
 
 
 def attention_backward(
@@ -53,7 +54,7 @@ def attention_backward(
     )  # fmt: skip
 
     options = launch_options("dkv", q_BHTD, precision)
-    _attention_dkv_kernel[(B * G * triton.cdiv(S, options["BLOCK_S"]),)](
+    _attention_dkv_kernel[(B * G * cdiv(S, options["BLOCK_S"]),)](
         q_BHTD, k_BGSD, v_BGSD, do_BHTD, scale_BHT, rk_BGS, lse_BHT, delta_BHT, key_count_B, key_mask_BS,
         dk_BGSD, dv_BGSD, *rows, strides(dk_BGSD), strides(dv_BGSD), T, S,
         **settings, RAGGED_T=T % options["BLOCK_T"] > 0, **options,

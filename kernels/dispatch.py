@@ -1,6 +1,6 @@
 """Which form of an operator runs, and for which GPUs its launches are: the one place that decides.
 
-Also the checks that operators share.
+Also the checks and the arithmetic that launchers share.
 
 "eager"    PyTorch on whatever device the tensors are on
 "triton"   the kernels: on a CUDA device, or on CPU tensors under the interpreter or the offline driver
@@ -124,6 +124,16 @@ def family(tensor: torch.Tensor) -> str:
     if major in (9, 10):
         return f"sm_{major}0"
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_89"
+
+
+def cdiv(x: int, y: int) -> int:
+    """Return x / y rounded up: `triton.cdiv`, whose call from the host takes 2 us."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """Return the least power of two that is at least x, which is positive: `triton.next_power_of_2`, see `cdiv`."""
+    return 1 << (x - 1).bit_length()
 
 
 def _stands_for_gpu() -> bool:

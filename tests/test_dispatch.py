@@ -14,7 +14,7 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels.dispatch import as_count, as_number, family, resolve, values_are_readable
+from kernels.dispatch import as_count, as_number, cdiv, family, next_power_of_2, resolve, values_are_readable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -108,6 +108,12 @@ def test_gpus_of_one_family_share_launches(arch, name, monkeypatch):
 def test_the_interpreter_launches_as_an_sm_90_does(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert family(torch.zeros(1)) == "sm_90"
+
+
+def test_the_host_divides_and_rounds_as_triton_does():
+    for x in range(1, 300):
+        assert next_power_of_2(x) == triton.next_power_of_2(x)
+        assert [cdiv(x, y) for y in range(1, 40)] == [triton.cdiv(x, y) for y in range(1, 40)]
 
 
 # each operator of `kernels` with arguments that it takes
