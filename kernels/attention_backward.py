@@ -47,7 +47,7 @@ def attention_backward(
     rows = [strides(x) for x in (q_BHTD, k_BGSD, v_BGSD, do_BHTD)]
 
     options = launch_options("dq", q_BHTD, precision)
-    _attention_dq_kernel[(H * segments(q_BHTD, precision),)](
+    _attention_dq_kernel[(H * len(dlog_scale_SH),)](
         q_BHTD, k_BGSD, v_BGSD, do_BHTD, log_scale_H, rq_BHT, rk_BGS, lse_BHT, key_count_B, key_mask_BS,
         o_BHTD, dq_BHTD, delta_BHT, scale_BHT, dlog_scale_SH, *rows, strides(o_BHTD), strides(dq_BHTD), T, S,
         **settings, **options,

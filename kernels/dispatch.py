@@ -7,6 +7,7 @@ Also the checks and the arithmetic that launchers share.
 "auto"     triton on CUDA and under the offline driver, where CPU tensors stand for those of a GPU; else eager
 """
 
+import functools
 import operator
 import os
 import reprlib
@@ -100,9 +101,9 @@ def values_are_readable(tensor: torch.Tensor) -> bool:
     """Whether an operator may look at the values of `tensor` to refuse bad ones: on a GPU that would wait for it."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return (tensor.device.type == "cpu" and not _stands_for_gpu()) or os.environ.get("KERNELS_CHECK") == "1"
+    if tensor.is_cpu and not _stands_for_gpu():
+        return True
+    return os.environ.get("KERNELS_CHECK") == "1" and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -115,7 +116,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 def family(tensor: torch.Tensor) -> str:
     """The architectures that share launches: by shared memory and matrix instructions."""
     if tensor.is_cuda:
-        major, minor = torch.cuda.get_device_capability(tensor.device)
+        major, minor = _capability(tensor.device)
     elif os.environ.get("TRITON_INTERPRET") == "1":
         return "sm_90"
     else:
@@ -124,6 +125,11 @@ def family(tensor: torch.Tensor) -> str:
     if major in (9, 10):
         return f"sm_{major}0"
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_89"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def cdiv(x: int, y: int) -> int:

@@ -105,6 +105,14 @@ def test_gpus_of_one_family_share_launches(arch, name, monkeypatch):
     assert family(torch.zeros(1)) == name
 
 
+def test_a_gpu_is_asked_once_what_it_is(monkeypatch):
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0))
+    tensor: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 63))
+    assert family(tensor) == family(tensor) == "sm_90"
+    assert asked == [tensor.device]
+
+
 def test_the_interpreter_launches_as_an_sm_90_does(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert family(torch.zeros(1)) == "sm_90"
