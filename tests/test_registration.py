@@ -302,6 +302,14 @@ def test_a_second_derivative_is_refused(case):
         (total + sum(g.square().sum() for g in gradients if g is not None)).backward()
 
 
+def test_nothing_is_made_for_gradients_that_nobody_has_or_reads():
+    (plan, *_), inputs = _transport()
+    with Seen() as seen:
+        torch.autograd.grad(plan, inputs, torch.ones_like(plan))
+    # the upstream gradients of both slacks, which the kernel reads, and no sum for the dustbin, which is a number
+    assert [name for name in seen.names if "zeros" in name or "sum" in name] == ["aten.new_zeros.default"] * 2
+
+
 @pytest.mark.parametrize("value", [2, True, numpy.float32(2.0)], ids=lambda value: type(value).__name__)
 def test_numbers_reach_the_function_as_it_declares_them(value):
     seen = []
