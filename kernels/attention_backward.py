@@ -28,6 +28,7 @@ from kernels.attention_tile import (
     strides,
     valid_keys,
 )
+from kernels.dispatch import cdiv
 
 
 def attention_backward(
@@ -46,14 +47,14 @@ def attention_backward(
     rows = [strides(x) for x in (q_BHTD, k_BGSD, v_BGSD, do_BHTD)]
 
     options = launch_options("dq", q_BHTD, precision)
-    _attention_dq_kernel[(H * segments(q_BHTD, precision),)](
+    _attention_dq_kernel[(H * len(dlog_scale_SH),)](
         q_BHTD, k_BGSD, v_BGSD, do_BHTD, log_scale_H, rq_BHT, rk_BGS, lse_BHT, key_count_B, key_mask_BS,
         o_BHTD, dq_BHTD, delta_BHT, scale_BHT, dlog_scale_SH, *rows, strides(o_BHTD), strides(dq_BHTD), T, S,
         **settings, **options,
     )  # fmt: skip
 
     options = launch_options("dkv", q_BHTD, precision)
-    _attention_dkv_kernel[(B * G * triton.cdiv(S, options["BLOCK_S"]),)](
+    _attention_dkv_kernel[(B * G * cdiv(S, options["BLOCK_S"]),)](
         q_BHTD, k_BGSD, v_BGSD, do_BHTD, scale_BHT, rk_BGS, lse_BHT, delta_BHT, key_count_B, key_mask_BS,
         dk_BGSD, dv_BGSD, *rows, strides(dk_BGSD), strides(dv_BGSD), T, S,
         **settings, RAGGED_T=T % options["BLOCK_T"] > 0, **options,

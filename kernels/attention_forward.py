@@ -31,6 +31,7 @@ from kernels.attention_tile import (
     strides,
     valid_keys,
 )
+from kernels.dispatch import cdiv
 
 CHUNK = 512
 NORM_ROWS = 64
@@ -42,14 +43,14 @@ def attention_forward(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask
     o_BHTD = torch.empty_like(q_BHTD)
     lse_BHT, rq_BHT = (q_BHTD.new_empty(B, H, T, dtype=torch.float32) for _ in range(2))
     rk_BGS = k_BGSD.new_empty(B, G, S, dtype=torch.float32)
-    programs_q, programs_k = B * H * triton.cdiv(T, NORM_ROWS), B * G * triton.cdiv(S, NORM_ROWS)
+    programs_q, programs_k = B * H * cdiv(T, NORM_ROWS), B * G * cdiv(S, NORM_ROWS)
     _attention_norms_kernel[(programs_q + programs_k,)](
         q_BHTD, k_BGSD, rq_BHT, rk_BGS, key_count_B, key_mask_BS, strides(q_BHTD), strides(k_BGSD),
         T, S, programs_q, H=H, G=G, D=D, ROWS=NORM_ROWS, num_warps=4,
     )  # fmt: skip
 
     options = launch_options("forward", q_BHTD, precision)
-    blocks, chunks = B * H * triton.cdiv(T, options["BLOCK_T"]), triton.cdiv(S, CHUNK)
+    blocks, chunks = B * H * cdiv(T, options["BLOCK_T"]), cdiv(S, CHUNK)
     split = min(split, chunks)
     settings = {"H": H, "D": D, "CHUNK": CHUNK, "ONLINE": softmax == "online"}
     partial = [None] * 3
@@ -57,7 +58,7 @@ def attention_forward(q_BHTD, k_BGSD, v_BGSD, log_scale_H, key_count_B, key_mask
         partial = [q_BHTD.new_empty(B, H, chunks, T, width, dtype=torch.float32) for width in (D, 1, 1)]
     _attention_fwd_kernel[(blocks, split)](
         q_BHTD, k_BGSD, v_BGSD, log_scale_H, rq_BHT, rk_BGS, key_count_B, key_mask_BS, o_BHTD, lse_BHT, *partial,
-        strides(q_BHTD), strides(k_BGSD), strides(v_BGSD), strides(o_BHTD), T, S, triton.cdiv(chunks, split),
+        strides(q_BHTD), strides(k_BGSD), strides(v_BGSD), strides(o_BHTD), T, S, cdiv(chunks, split),
         **settings, R=H // G, SPLIT=split > 1, PRECISION=precision, **options,
     )  # fmt: skip
     if split > 1:

@@ -76,13 +76,14 @@ TILES = {
 def launch_options(kernel: str, q_BHTD: torch.Tensor, precision: str) -> dict[str, int]:
     """The block sizes, warps and stages of a launch. They decide its bits, so they are found by hand and kept here."""
     products = precision if q_BHTD.dtype == torch.float32 else "half"
-    launches = TILES[family(q_BHTD), products, q_BHTD.shape[-1]]
-    return dict(zip(("BLOCK_T", "BLOCK_S", "num_warps", "num_stages"), launches[KERNELS.index(kernel)], strict=True))
+    T, S, warps, stages = TILES[family(q_BHTD), products, q_BHTD.shape[-1]][KERNELS.index(kernel)]
+    return {"BLOCK_T": T, "BLOCK_S": S, "num_warps": warps, "num_stages": stages}
 
 
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Of items, heads and rows."""
-    return x.stride(0), x.stride(1), x.stride(2)
+    items, heads, rows, _ = x.stride()
+    return items, heads, rows
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.dispatch import require_tensors, resolve, values_are_readable
+from kernels.dispatch import cdiv, require_tensors, resolve, values_are_readable
 from kernels.registration import operator
 
 MOST = 12
@@ -59,7 +59,7 @@ def _gather_rows(tensors_RX: Sequence[torch.Tensor], index_B: torch.Tensor) -> l
     if pairs:
         sources, targets = zip(*(_in_words(*pair) for pair in pairs), strict=True)
         widths = tuple(target.numel() // len(index_B) for target in targets)
-        parts = sum(triton.cdiv(width, BLOCK) for width in widths)
+        parts = sum(cdiv(width, BLOCK) for width in widths)
         _gather_rows_kernel[(len(index_B) * parts,)](
             sources, targets, widths, index_B.contiguous(), len(tensors_RX[0]), parts, BLOCK=BLOCK, num_warps=WARPS
         )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import require_tensors, resolve
+from kernels.dispatch import cdiv, require_tensors, resolve
 from kernels.gelu_tile import gelu_slope, normal_cdf
 from kernels.reduce import JointSums, Summand, joined, sum_segments
 from kernels.registration import operator
@@ -64,7 +64,7 @@ def _forward(x_BTC: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
     if x_BTC.numel():
         C = x_BTC.shape[-1]
         rows = x_BTC.numel() // C
-        _bias_gelu_fwd_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(C, COLUMNS))](
+        _bias_gelu_fwd_kernel[(cdiv(rows, ROWS), cdiv(C, COLUMNS))](
             x_BTC.contiguous(), bias_C.contiguous(), y_BTC, rows, C,
             PRECISION="ieee" if x_BTC.dtype == torch.float32 else "tf32", ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
         )  # fmt: skip
@@ -92,7 +92,7 @@ def _bias_gelu_bwd(dy_BTC, x_BTC, bias_C, partials_SC) -> torch.Tensor:
     dx_BTC = x_BTC.new_empty(x_BTC.shape)
     if x_BTC.numel():
         segments, C = partials_SC.shape
-        _bias_gelu_bwd_kernel[(segments, triton.cdiv(C, COLUMNS))](
+        _bias_gelu_bwd_kernel[(segments, cdiv(C, COLUMNS))](
             dy_BTC.contiguous(), x_BTC.contiguous(), bias_C.contiguous(), dx_BTC, partials_SC,
             x_BTC.numel() // C, C, SEGMENT=SEGMENT, ROWS=ROWS, COLUMNS=COLUMNS, STAGES=STAGES, num_warps=WARPS,
         )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dispatch import cdiv
 from kernels.log1p_tile import softplus
 from kernels.reduce import sum_segments
 
@@ -32,7 +33,7 @@ def segment_heads_forward(x_BNC, weight_7C, bias_7, conf_weight_1C, conf_bias_1,
     B, N, C = x_BNC.shape
     inputs = (x_BNC, weight_7C, bias_7, conf_weight_1C, conf_bias_1, offsets_N23)
     rows = next(rows for widest, rows in ROWS.items() if widest >= C)
-    _segment_heads_fwd_kernel[(triton.cdiv(B * N, rows),)](
+    _segment_heads_fwd_kernel[(cdiv(B * N, rows),)](
         *(tensor.contiguous() for tensor in inputs), *outputs, B * N, N,
         C=C, ROWS=rows, BLOCK_C=_block(C), num_warps=1,
     )  # fmt: skip
@@ -41,10 +42,10 @@ def segment_heads_forward(x_BNC, weight_7C, bias_7, conf_weight_1C, conf_bias_1,
 def segment_heads_backward(upstream, raw_BN4, x_BNC, weight_7C, conf_weight_1C, dx_BNC, doffsets_N23) -> torch.Tensor:
     """Fill the gradients of x and the offsets; return those of the layers: UNITS rows of weights, then the biases."""
     B, N, C = x_BNC.shape
-    segments = triton.cdiv(B * N, SEGMENT)
+    segments = cdiv(B * N, SEGMENT)
     partials_SX = raw_BN4.new_empty(segments, UNITS * (C + 1))
     inputs = (*upstream, raw_BN4, x_BNC, weight_7C, conf_weight_1C)
-    _segment_heads_bwd_kernel[(segments + triton.cdiv(doffsets_N23.numel(), NUMBERS),)](
+    _segment_heads_bwd_kernel[(segments + cdiv(doffsets_N23.numel(), NUMBERS),)](
         *(tensor.contiguous() for tensor in inputs), dx_BNC, partials_SX, doffsets_N23, B, N,
         C=C, SEGMENT=SEGMENT, BLOCK_C=_block(C), ITEMS=ITEMS, NUMBERS=NUMBERS, num_warps=max(1, _block(C) // 128),
     )  # fmt: skip

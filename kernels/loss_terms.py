@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from kernels.dispatch import require_tensors, resolve, values_are_readable
+from kernels.dispatch import cdiv, require_tensors, resolve, values_are_readable
 from kernels.log1p_tile import cross_entropy
 from kernels.registration import operator
 
@@ -161,7 +161,7 @@ def _backward(
     B, N = conf_BN.shape
     dtransport_B, dendpoint_B, dconf_BN = dtotal.new_empty(B), dtotal.new_empty(B), conf_BN.new_empty(B, N)
     if B:
-        _loss_terms_bwd_kernel[(triton.cdiv(B * max(N, 1), BLOCK),)](
+        _loss_terms_bwd_kernel[(cdiv(B * max(N, 1), BLOCK),)](
             dtotal, source_BN.contiguous(), conf_BN.contiguous(), dtransport_B, dendpoint_B, dconf_BN, B, B * N,
             conf_weight, endpoint_weight, BY_PARTNER=not source_BN.is_floating_point(),
             BLOCK=BLOCK, num_warps=BACKWARD_WARPS,

@@ -99,12 +99,12 @@ def match_segments(
         N and M stay within the same tile: up to 64 or up to 128. eager: equal calls give equal bits.
     Source: Cuturi 2013 (arXiv:1306.0895), Sinkhorn's iteration; Sarlin et al. 2020 (arXiv:1911.11763), the dustbin.
     """
-    settings = Settings(direction_weight, length_weight, cost_scale, eps, iterations, dustbin, slack, plan_gradient)
     require_tensors(mid=mid_BN3, dir=dir_BN3, len=len_BN, gt=gt_BM23, gt_count=gt_count_B)
     impl = resolve(impl, mid_BN3.device)
     _check_tensors(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, impl)
-    settings = _checked(settings)
-    need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (mid_BN3, dir_BN3, len_BN))
+    settings = _settings(direction_weight, length_weight, cost_scale, eps, iterations, dustbin, slack, plan_gradient)
+    differentiable = mid_BN3.requires_grad or dir_BN3.requires_grad or len_BN.requires_grad
+    need_grad = torch.is_grad_enabled() and differentiable
     transport_B, endpoint_B, matched_BN, partner_BN, _ = match_segments_forward(
         mid_BN3, dir_BN3, len_BN, gt_BM23.detach(), gt_count_B, *settings, need_grad, impl
     )
@@ -190,9 +190,11 @@ def match_segments_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return a Match, and the gradients [B, loss, 7, N] of (mid, dir, len): of size 0 without need_grad."""
     settings = Settings(direction_weight, length_weight, cost_scale, eps, iterations, dustbin, slack, plan_gradient)
-    form = match_segments_forward_triton if impl == "triton" else match_segments_forward_eager
+    inputs = (mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, settings, need_grad)
+    if impl == "triton":
+        return match_segments_forward_triton(*inputs)
     with torch.autocast(mid_BN3.device.type, enabled=False):
-        return form(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, settings, need_grad)
+        return match_segments_forward_eager(*inputs)
 
 
 @match_segments_forward.register_fake
@@ -245,7 +247,7 @@ match_segments_forward.register_autograd(_backward, setup_context=_save)
 def _check_tensors(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, impl) -> None:
     if mid_BN3.ndim != 3 or mid_BN3.shape[2] != 3:
         raise ValueError(f"mid must be [B, N, 3], got shape {tuple(mid_BN3.shape)}")
-    B, N, _ = mid_BN3.shape
+    (B, N, _), dtype, device = mid_BN3.shape, mid_BN3.dtype, mid_BN3.device
     if dir_BN3.shape != mid_BN3.shape:
         raise ValueError(f"dir must have mid's shape {tuple(mid_BN3.shape)}, got shape {tuple(dir_BN3.shape)}")
     if len_BN.shape != (B, N):
@@ -262,32 +264,40 @@ def _check_tensors(mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B, impl) -> None:
         if tensor.dtype not in floats:
             raise ValueError(f"{name} must be one of {floats} for impl={impl!r}, got {tensor.dtype}")
     for name, tensor in (("dir", dir_BN3), ("len", len_BN)):
-        if tensor.dtype != mid_BN3.dtype:
-            raise ValueError(f"{name} must have mid's dtype {mid_BN3.dtype}, got {tensor.dtype}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must have mid's dtype {dtype}, got {tensor.dtype}")
     if gt_count_B.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"gt_count must be int32 or int64, got {gt_count_B.dtype}")
     for name, tensor in (("dir", dir_BN3), ("len", len_BN), ("gt", gt_BM23), ("gt_count", gt_count_B)):
-        if tensor.device != mid_BN3.device:
-            raise ValueError(f"{name} must be on mid's device {mid_BN3.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on mid's device {device}, got {tensor.device}")
     if values_are_readable(gt_count_B) and bool(((gt_count_B < 0) | (gt_count_B > M)).any()):
         raise ValueError(f"gt_count must lie in [0, M] = [0, {M}], got {gt_count_B.tolist()}")
 
 
-def _checked(settings: Settings) -> Settings:
+def _settings(direction_weight, length_weight, cost_scale, eps, iterations, dustbin, slack, plan_gradient) -> Settings:
     """Return the settings as plain numbers, all of them in range."""
-    numbers = ("direction_weight", "length_weight", "cost_scale", "eps", "dustbin")
-    settings = settings._replace(**{name: as_number(name, getattr(settings, name)) for name in numbers})
-    for name in ("direction_weight", "length_weight"):
-        if not 0 <= (value := getattr(settings, name)) < math.inf:
-            raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    for name in ("cost_scale", "eps"):
-        if not 0 < (value := getattr(settings, name)) < math.inf:
-            raise ValueError(f"{name} must be finite and positive, got {value}")
+    settings = Settings(
+        direction_weight=as_number("direction_weight", direction_weight),
+        length_weight=as_number("length_weight", length_weight),
+        cost_scale=as_number("cost_scale", cost_scale),
+        eps=as_number("eps", eps),
+        iterations=as_count("iterations", iterations),
+        dustbin=as_number("dustbin", dustbin),
+        slack=slack,
+        plan_gradient=plan_gradient,
+    )
+    for name, weight in (("direction_weight", settings.direction_weight), ("length_weight", settings.length_weight)):
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {weight}")
+    for name, scale in (("cost_scale", settings.cost_scale), ("eps", settings.eps)):
+        if not 0 < scale < math.inf:
+            raise ValueError(f"{name} must be finite and positive, got {scale}")
     # compared, not math.isfinite, which a compiler cannot ask of a number that it does not know yet
     if not -math.inf < settings.dustbin < math.inf:
         raise ValueError(f"dustbin must be finite, got {settings.dustbin}")
-    if settings.slack not in SLACKS:
-        raise ValueError(f"slack must be one of {', '.join(SLACKS)}, got {settings.slack!r}")
-    if settings.plan_gradient not in PLAN_GRADIENTS:
-        raise ValueError(f"plan_gradient must be one of {', '.join(PLAN_GRADIENTS)}, got {settings.plan_gradient!r}")
-    return settings._replace(iterations=as_count("iterations", settings.iterations))
+    if slack not in SLACKS:
+        raise ValueError(f"slack must be one of {', '.join(SLACKS)}, got {slack!r}")
+    if plan_gradient not in PLAN_GRADIENTS:
+        raise ValueError(f"plan_gradient must be one of {', '.join(PLAN_GRADIENTS)}, got {plan_gradient!r}")
+    return settings

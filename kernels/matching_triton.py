@@ -29,17 +29,18 @@ def match_segments_forward_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return transport, endpoint, matched, partner, and the gradients [B, 2, 7, N] (of size 0 without need_grad)."""
     (B, N), M = len_BN.shape, gt_BM23.shape[1]
-    transport_B, endpoint_B = (len_BN.new_empty(B, dtype=torch.float32) for _ in range(2))
-    matched_BN, partner_BN = (len_BN.new_empty(B, N, dtype=dtype) for dtype in (torch.float32, torch.int64))
+    transport_B, endpoint_B = len_BN.new_empty(B, dtype=torch.float32), len_BN.new_empty(B, dtype=torch.float32)
+    matched_BN = len_BN.new_empty(B, N, dtype=torch.float32)
+    partner_BN = len_BN.new_empty(B, N, dtype=torch.int64)
     grads_B27N = len_BN.new_empty((B, 2, 7, N) if need_grad else 0, dtype=torch.float32)
     exact = need_grad and settings.plan_gradient == "exact"
     history = len_BN.new_empty((B, N + M + 2, settings.iterations + 1) if exact else 0, dtype=torch.float32)
-    block_n, block_m = (64 if size <= 64 else 128 for size in (N, M))
-    inputs = (tensor.contiguous() for tensor in (mid_BN3, dir_BN3, len_BN, gt_BM23, gt_count_B))
+    block_n, block_m = 64 if N <= 64 else 128, 64 if M <= 64 else 128
     if B:
         _match_segments_fwd_kernel[(B,)](
-            *inputs, transport_B, endpoint_B, matched_BN, partner_BN, grads_B27N, history, N, M, settings.iterations,
-            settings.direction_weight, settings.length_weight, settings.cost_scale,
+            mid_BN3.contiguous(), dir_BN3.contiguous(), len_BN.contiguous(), gt_BM23.contiguous(),
+            gt_count_B.contiguous(), transport_B, endpoint_B, matched_BN, partner_BN, grads_B27N, history,
+            N, M, settings.iterations, settings.direction_weight, settings.length_weight, settings.cost_scale,
             -1 / settings.eps, -settings.cost_scale * settings.dustbin / settings.eps,
             MINIMAL=settings.slack == "minimal", NEED_GRAD=need_grad, EXACT=exact,
             BLOCK_N=block_n, BLOCK_M=block_m, **LAYOUT[max(block_n, block_m)],
@@ -52,7 +53,8 @@ def match_segments_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of mid, dir and len."""
     B, _, _, N = grads_B27N.shape
-    mid_BN3, dir_BN3, len_BN = (grads_B27N.new_empty((B, N, *tail), dtype=dtype) for tail in ((3,), (3,), ()))
+    mid_BN3, dir_BN3 = grads_B27N.new_empty(B, N, 3, dtype=dtype), grads_B27N.new_empty(B, N, 3, dtype=dtype)
+    len_BN = grads_B27N.new_empty(B, N, dtype=dtype)
     if B * N:
         _match_segments_bwd_kernel[(B,)](
             grad_transport_B, grad_endpoint_B, grads_B27N, mid_BN3, dir_BN3, len_BN,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.dispatch import on
+from kernels.dispatch import cdiv, on
 from kernels.philox_tile import joined_seed, seed_words
 
 BLOCK = 256
@@ -23,7 +23,7 @@ def philox_words(
     if count:
         low, high = seed_words(seed)
         with on(device):
-            _philox_kernel[(triton.cdiv(count, BLOCK),)](
+            _philox_kernel[(cdiv(count, BLOCK),)](
                 *(None if isinstance(c, int) else c for c in tensors),
                 *(c if isinstance(c, int) else 0 for c in tensors),
                 *(0 if isinstance(c, int) or c.numel() == 1 else 1 for c in tensors),

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dispatch import cdiv
 from kernels.gelu_tile import gelu_slope
 from kernels.points_tile import (
     SEGMENT,
@@ -53,13 +54,13 @@ def point_layers_backward(
     C, P, rows = len(gain_C), len(dmemory_PC), len(features_PK)
     J, BLOCK_C = weight2_JC.shape
     dy_PC = torch.empty_like(unit_PC)
-    sums_S2C = rinv_P.new_empty(triton.cdiv(rows, NORM_SEGMENT), 2, C)
+    sums_S2C = rinv_P.new_empty(cdiv(rows, NORM_SEGMENT), 2, C)
     _point_norm_bwd_kernel[(len(sums_S2C),)](
         dmemory_PC.contiguous(), gain_C.contiguous(), unit_PC, rinv_P, dy_PC, sums_S2C, P, rows,
         C=C, BLOCK_C=BLOCK_C, SEGMENT=NORM_SEGMENT, BLOCK_P=NORM_ROWS, STAGES=NORM_STAGES, num_warps=NORM_WARPS,
     )  # fmt: skip
 
-    segments, settings = triton.cdiv(rows, SEGMENT), {"J": J, "WIDTH": WIDTH, "BLOCK_C": BLOCK_C, "SEGMENT": SEGMENT}
+    segments, settings = cdiv(rows, SEGMENT), {"J": J, "WIDTH": WIDTH, "BLOCK_C": BLOCK_C, "SEGMENT": SEGMENT}
     counts = None if point_count_B is None else point_count_B.contiguous()
     sums_SCJ = rinv_P.new_empty(segments, C, units)
     options = launch_options("weight2", features_PK, precision)

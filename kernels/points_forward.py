@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dispatch import cdiv
 from kernels.points_tile import ROWS, WIDTH, add_gelu_products, launch_options, store_tile, whole_block
 from kernels.rms_norm import EPS
 
@@ -33,7 +34,7 @@ def point_features_triton(
 ) -> Tensor:
     """Return features_PK, its rows padded."""
     B, T, _ = xyz_BT3.shape
-    features_PK = xyz_BT3.new_empty(triton.cdiv(B * T, ROWS) * ROWS, WIDTH, dtype=dtype)
+    features_PK = xyz_BT3.new_empty(cdiv(B * T, ROWS) * ROWS, WIDTH, dtype=dtype)
     if not len(features_PK):
         return features_PK
     labels, sources, behinds = classes

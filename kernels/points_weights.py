@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dispatch import cdiv, next_power_of_2
 from kernels.points_tile import WIDTH, hidden_block, whole_block
 from kernels.reduce import sum_segments
 
@@ -50,7 +51,7 @@ class FirstLayer(NamedTuple):
         votes = self.weight1.shape[1] - 3 - 2 * frequencies - embedded
         return sizes | {
             "F": frequencies, "VOTES": votes, "K": self.weight1.shape[1], "WIDTH": WIDTH, "BLOCK_J": UNITS,
-            "BLOCK_E": max(int(SLICE), triton.next_power_of_2(embedded)),
+            "BLOCK_E": max(int(SLICE), next_power_of_2(embedded)),
         }  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def unfold_gradients(dweight1_JK: Tensor, first: FirstLayer, frequencies: int) -
     """
     first = FirstLayer(*(x.contiguous() for x in first))
     dweight1, dbias1 = torch.empty_like(first.weight1), torch.empty_like(first.bias1)
-    J, programs = len(dbias1), triton.cdiv(len(dbias1), UNITS)
+    J, programs = len(dbias1), cdiv(len(dbias1), UNITS)
     partials_SN = dweight1_JK.new_empty(programs, first.entries)
     _point_unfold_kernel[(programs,)](
         dweight1_JK, first.weight1, *first.tables, dweight1, dbias1, partials_SN, J=J,

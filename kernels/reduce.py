@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from kernels.dispatch import cdiv, next_power_of_2
+
 # lanes of a sum at most, elements of a tile, warps: with many segments few columns, so that there are programs enough
 BLOCK_S, TILE, WARPS = 128, 2048, 4
 # rounds of the lanes whose loads are under way at a time
@@ -43,9 +45,9 @@ def sum_each(partial_VSN: torch.Tensor, into: torch.Tensor | None = None) -> tor
     V, S, N = partial_VSN.shape
     out_VN = partial_VSN.new_empty(V, N) if into is None else into
     if V * N:
-        lanes = min(BLOCK_S, triton.next_power_of_2(max(S, 8)))
+        lanes = min(BLOCK_S, next_power_of_2(max(S, 8)))
         columns = TILE // lanes
-        _sum_segments_kernel[(triton.cdiv(N, columns), V)](
+        _sum_segments_kernel[(cdiv(N, columns), V)](
             partial_VSN, out_VN, S, N, BLOCK_S=lanes, BLOCK_N=columns, UNROLL=min(UNROLL, max(1, S // lanes)),
             num_warps=WARPS,
         )  # fmt: skip

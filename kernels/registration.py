@@ -14,10 +14,11 @@ Either way the function runs with the GPU of its tensors as the current one: Tri
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from itertools import compress
+from typing import Any, cast
 
 import torch
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from kernels.dispatch import on
@@ -49,6 +50,7 @@ class Operator:
         self._apply: Callable | None = None
         kinds = [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
         self._count, self._values = len(kinds), [(place, kind) for place, kind in enumerate(kinds) if kind in VALUES]
+        self._may_hold_tensors = [kind not in VALUES for kind in kinds]
         functools.update_wrapper(self, function)
 
     def __repr__(self) -> str:
@@ -72,13 +74,15 @@ class Operator:
             return output
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._apply = type(self._name.rpartition(":")[2], (torch.autograd.Function,), members).apply
+        kind = type(self._name.rpartition(":")[2], (torch.autograd.Function,), members)
+        # what the own `apply` of a Function ends in after looking for transforms, of which there are none here
+        self._apply = cast(Any, super(torch.autograd.Function, kind)).apply
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         # a compiler that traces this call comes here first, and reads no further
         if torch.compiler.is_compiling() or not self._direct or len(arguments) != self._count:
             return self._registered(*arguments, **named)
-        if _observed(tensors := _tensors(arguments)):
+        if _observed(tensors := _tensors(compress(arguments, self._may_hold_tensors))):
             self._refuse_tangents(tensors)
             return self._registered(*arguments)
         # a number of another type would be another kernel to Triton; PyTorch makes it the one that it knows
@@ -109,8 +113,17 @@ def _observed(tensors: list[torch.Tensor]) -> bool:
 
 
 def _is_other(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is not what lies in its memory: of another class, without values, negated, or many in one."""
-    return type(tensor) not in PLAIN or tensor.is_meta or tensor.is_neg() or is_legacy_batchedtensor(tensor)
+    """Whether a tensor is not what lies in its memory: of another class, without values, negated, or many in one.
+
+    Or what a transform wrapped, which may have left it behind.
+    """
+    return (
+        type(tensor) not in PLAIN
+        or tensor.is_meta
+        or tensor.is_neg()
+        or is_legacy_batchedtensor(tensor)
+        or is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def _tensors(arguments: Iterable[Any]) -> list[torch.Tensor]:
@@ -127,7 +140,7 @@ def _beside_its_tensors(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
         # the first will do: an operator's tensors are on one device, and not all of them in lists
-        with on(next(x for x in arguments if isinstance(x, torch.Tensor)).device):
+        with on(next(filter(torch.is_tensor, arguments)).device):
             return function(*arguments)
 
     return run

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dispatch import cdiv, next_power_of_2
 from kernels.philox_tile import dropout_rows, kernel_draws
 
 # widest row of the class -> (rows of a tile, warps), in both passes: eight elements a thread, one call of Philox, or
@@ -35,7 +36,7 @@ def residual_norm_forward(x_BTC, y_BTC, gain_C, bias_C, dropout, dtype, copy, ep
     )
     r_BT = x_BTC.new_empty(0 if gain_C is None else (B, T))
     options = _tile(C)
-    _residual_norm_fwd_kernel[(triton.cdiv(B * T, options["ROWS"]),)](
+    _residual_norm_fwd_kernel[(cdiv(B * T, options["ROWS"]),)](
         x_BTC, _dense(y_BTC), _dense(bias_C), _dense(gain_C), step_1, _dense(scene_B),
         *(tensor if tensor.numel() else None for tensor in (new_BTC, normed_BTC, copy_BTC, r_BT)),
         x_BTC.stride(), B * T, T, *kernel_draws(rate, seed, place), eps, C=C, **options,
@@ -70,7 +71,7 @@ def segments(rows: int) -> int:
 
 def _tile(C: int) -> dict[str, Any]:
     rows, warps = next(launch for widest, launch in LAUNCHES.items() if widest >= C)
-    return {"ROWS": rows, "BLOCK_C": max(8, triton.next_power_of_2(C)), "num_warps": warps}
+    return {"ROWS": rows, "BLOCK_C": max(8, next_power_of_2(C)), "num_warps": warps}
 
 
 def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:

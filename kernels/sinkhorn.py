@@ -305,25 +305,24 @@ def _(grad_plan, grad_row_slack, grad_col_slack, cost, rows, cols, dustbin, log_
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.eps, _, ctx.slack, _, ctx.impl = inputs
+    # what is kept for the backward has no gradients, not tensors of zeros
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[3:])
     ctx.mark_non_differentiable(*output[3:])
 
 
-def _backward(ctx, grad_plan, grad_row_slack, grad_col_slack, *_):
+def _backward(ctx, *gradients):
     saved = ctx.saved_tensors
-    grad_cost, grad_dustbin, grad_log_a, grad_log_b = sinkhorn_backward(
-        grad_plan, grad_row_slack, grad_col_slack, *saved, ctx.eps, ctx.slack, ctx.impl
-    )
-    dustbin, log_a, log_b = saved[3:6]
+    cost, _, _, dustbin, log_a, log_b, *_ = saved
+    B, N, M = cost.shape
+    shapes = ((B, N, M), (B, N), (B, M))
+    upstream = (cost.new_zeros(shape) if g is None else g for g, shape in zip(gradients, shapes, strict=False))
+    grad_cost, grad_dustbin, grad_log_a, grad_log_b = sinkhorn_backward(*upstream, *saved, ctx.eps, ctx.slack, ctx.impl)
     return (
-        grad_cost,
-        None,
-        None,
-        None if dustbin is None else grad_dustbin.sum().to(dustbin.dtype),
-        None if log_a is None else grad_log_a.to(log_a.dtype),
-        None if log_b is None else grad_log_b.to(log_b.dtype),
+        grad_cost, None, None, grad_dustbin.sum().to(dustbin.dtype) if ctx.needs_input_grad[3] else None,
+        None if log_a is None else grad_log_a.to(log_a.dtype), None if log_b is None else grad_log_b.to(log_b.dtype),
         *[None] * 5,
-    )
+    )  # fmt: skip
 
 
 sinkhorn_forward.register_autograd(_backward, setup_context=_save)
@@ -366,7 +365,7 @@ def _check_dustbin(dustbin, cost) -> None:
             )
     elif dustbin is not None and (isinstance(dustbin, bool) or not isinstance(dustbin, Real)):
         raise ValueError(f"dustbin must be a number or a tensor, got {dustbin!r}")
-    elif dustbin is not None and not -math.inf < float(dustbin) < math.inf:
+    elif dustbin is not None and not -math.inf < as_number("dustbin", dustbin) < math.inf:
         raise ValueError(f"dustbin must be finite, got {dustbin}")
 
 

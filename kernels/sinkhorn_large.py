@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dispatch import cdiv, next_power_of_2
 from kernels.sinkhorn_blocks import (
     block_indices,
     block_offsets,
@@ -135,7 +136,7 @@ def _launch_masses(cost, rows, cols, dustbin, log_a, log_b, T, history, eps, sla
     log_mass_a, log_mass_b, factor = (
         cost.new_empty(shape, dtype=torch.float32) for shape in ((B, N + 1), (B, M + 1), (B,))
     )
-    sizes = {"BLOCK_N": max(16, triton.next_power_of_2(N)), "BLOCK_M": max(16, triton.next_power_of_2(M))}
+    sizes = {"BLOCK_N": max(16, next_power_of_2(N)), "BLOCK_M": max(16, next_power_of_2(M))}
     _sinkhorn_large_masses_kernel[(B,)](
         *vectors, dustbin, N, M, log_mass_a, log_mass_b, factor, MINIMAL=slack == "minimal", **sizes
     )
@@ -144,12 +145,12 @@ def _launch_masses(cost, rows, cols, dustbin, log_a, log_b, T, history, eps, sla
 
 def _half_steps(B: int, N: int, M: int) -> list[tuple[bool, tuple]]:
     """Return (whether rows are owned, grid) of the row half-step and of the column half-step; bins included."""
-    return [(True, (B, triton.cdiv(N + 1, OWN))), (False, (B, triton.cdiv(M + 1, OWN)))]
+    return [(True, (B, cdiv(N + 1, OWN))), (False, (B, cdiv(M + 1, OWN)))]
 
 
 def _tiles(B: int, N: int, M: int) -> tuple:
     """Return the grid of tiles that cover costs and bins."""
-    return B, triton.cdiv(N + 1, TILE), triton.cdiv(M + 1, TILE)
+    return B, cdiv(N + 1, TILE), cdiv(M + 1, TILE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

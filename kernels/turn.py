@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.dispatch import require_tensors, resolve
+from kernels.dispatch import cdiv, require_tensors, resolve
 from kernels.philox import Counter, Place, check_key_and_counters, philox_4x32, unit_interval
 from kernels.philox_tile import joined_seed, kernel_draws, signed_seed
 from kernels.registration import operator
@@ -109,7 +109,7 @@ def _turn(
     B, T, V = len(scene_B), xyz_BT3.shape[1], 2 * gt_BM23.shape[1]
     low, high, place, _, _ = kernel_draws(0.0, seed, Place.AUGMENTATION)
     if B and T + V:
-        _turn_kernel[(B, triton.cdiv(T, BLOCK) + triton.cdiv(V, BLOCK))](
+        _turn_kernel[(B, cdiv(T, BLOCK) + cdiv(V, BLOCK))](
             xyz_BT3.contiguous(), gt_BM23.contiguous(), scene_B.contiguous(), step_1, moved_BT3, moved_BM23, T, V,
             low, high, place, ROTATE=rotate, FLIP=flip, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip

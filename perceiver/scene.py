@@ -24,6 +24,8 @@ from kernels.philox import name_key
 MAX_SEGMENTS = 64
 POINT_CLASSES = 13
 BEHIND_CLASSES = 29
+# of normalised coordinates: the centre of a house is 0, its size about 1; rounding of metres far from 0 is less
+_WIDEST, _SAME_PLACE = 2, 0.01
 
 # field -> (dtype, shape); a letter is a size that must agree between fields
 _SCHEMA: dict[str, tuple[str, tuple[int | str, ...]]] = {
@@ -136,8 +138,6 @@ def decode_scene(order_id: str, data: bytes, *, truth: bool = True) -> Scene:
     for name in _SCHEMA:
         if name in required and name not in arrays:
             raise RowError(order_id, name, "is missing")
-        if name in arrays and not isinstance(arrays[name], np.ndarray):
-            raise RowError(order_id, name, "is not a numpy array")
     scene = Scene(order_id=order_id, **arrays)
     check_scene(scene)
     return scene
@@ -154,6 +154,8 @@ def check_scene(scene: Scene) -> None:
         value = getattr(scene, name)
         if value is None:
             continue
+        if not isinstance(value, np.ndarray | np.generic):
+            raise RowError(scene.order_id, name, f"is not a numpy array, it is {type(value).__name__}")
         if value.dtype != np.dtype(dtype):
             raise RowError(scene.order_id, name, f"must be {dtype}, is {value.dtype}")
         if len(value.shape) != len(shape):
@@ -171,6 +173,30 @@ def check_scene(scene: Scene) -> None:
         _check_truth(scene)
 
 
+def doubts_about(scene: Scene) -> list[str]:
+    """Name what a row that breaks no rule has and probably should not have; such a row is used all the same.
+
+    Its points lie far outside the unit that coordinates are normalised to, or a segment is none of its edges.
+    """
+    doubts = []
+    x, y, z = np.abs(scene.xyz_norm[: scene.point_count]).T > _WIDEST
+    if 2 * np.count_nonzero(x | y | z) > scene.point_count:
+        doubts.append(f"an xyz_norm beyond {_WIDEST} at most points, as metres would be")
+    if scene.gt_segments is not None and scene.gt_vertices is not None and scene.gt_edges is not None:
+        edges_E23 = (scene.gt_vertices[scene.gt_edges].astype(np.float64) - scene.center) / scene.scale
+        # the ends of an edge, and perhaps the edges, come in any order
+        ordered_E = _gaps(scene.gt_segments, edges_E23)
+        if ordered_E.max() > _SAME_PLACE < _gaps(scene.gt_segments[:, None], edges_E23).min(axis=1).max():
+            doubts.append("gt_segments that are not their gt_edges, normalised")
+    return doubts
+
+
+def _gaps(segments_E23: np.ndarray, others_E23: np.ndarray) -> np.ndarray:
+    """How far the ends of segments are from those of others, per coordinate and in the nearer of both orders."""
+    ways = (others_E23, others_E23[..., ::-1, :])
+    return np.minimum(*(np.abs(segments_E23 - way).max(axis=(-1, -2)) for way in ways))
+
+
 def _check_points(scene: Scene) -> None:
     if not len(scene.mask):
         raise RowError(scene.order_id, "mask", "is empty: a scene needs at least one point")
@@ -185,7 +211,10 @@ def _check_points(scene: Scene) -> None:
 
 
 def _check_truth(scene: Scene) -> None:
-    assert scene.gt_segments is not None and scene.gt_vertices is not None and scene.gt_edges is not None
+    for name in ("gt_vertices", "gt_edges"):
+        if getattr(scene, name) is None:
+            raise RowError(scene.order_id, name, "is missing beside gt_segments")
+    assert scene.gt_vertices is not None and scene.gt_edges is not None
     edges, vertices = len(scene.gt_edges), len(scene.gt_vertices)
     if not 1 <= edges <= MAX_SEGMENTS:
         raise RowError(scene.order_id, "gt_edges", f"must have 1 to {MAX_SEGMENTS} edges, has {edges}")

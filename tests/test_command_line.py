@@ -4,12 +4,15 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.test_published import ARGS, small_published
 from train.__main__ import main
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.roofs import generate_scenes
@@ -156,6 +159,26 @@ def test_a_finished_model_is_scored_from_another_confidence_on(runs, tmp_path, c
     assert json.loads((tmp_path / "b" / "scores.json").read_text())["postprocess"]["confidence"] == 0.9
     assert main([*evaluate, "--out", str(tmp_path / "c"), "--confidence", "1.5"]) == 1
     assert "confidence must be strictly between 0 and 1, got 1.5" in capsys.readouterr().err
+
+
+def test_what_is_scored_is_said_and_that_a_run_is_not_finished(runs, tmp_path, capsys):
+    write_npz(generate_scenes(1, seed=5, points=128, setting="easy"), tmp_path / "set")
+    data = ["--data", f"npz:{tmp_path / 'set'}", "--device", "cpu", "--threads", "1"]
+    score = [*data, "--set", "dev", "--out", str(tmp_path / "scores"), "--workers", "1"]
+    stage, stopped, published = runs / "tiny" / "stage2.pt", tmp_path / "stopped", tmp_path / "published.pt"
+    stopped.mkdir()
+    shutil.copy(stage, stopped / "checkpoint.pt")
+    torch.save({"model": small_published().state_dict(), "args": ARGS}, published)
+    for model, said in (
+        (stopped, "step 12 of 20: the run is not finished"),
+        (stage, "step 12 of 20"),
+        (runs / "tiny", "step 20 of 20"),
+    ):
+        assert main(["evaluate", str(model), *score]) == 0
+        assert capsys.readouterr().out.startswith(f"weights of {model}, {said}\n")
+    for model, said in ((stopped, "step 12 of 20: the run is not finished"), (published, "the published form")):
+        assert main(["predict", str(model), *data, "--out", str(tmp_path / "answers.json")]) == 0
+        assert capsys.readouterr().out.startswith(f"weights of {model}, {said}\n")
 
 
 def test_every_row_of_a_set_is_answered_whatever_can_be_read(runs, tmp_path, capsys):

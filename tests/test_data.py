@@ -10,14 +10,7 @@ import torch
 from perceiver.scene import RowError, encode_scene, stack_scenes
 from tests.random_scenes import random_scene, random_scenes
 from train import data
-from train.data import (
-    coverage,
-    describe_coverage,
-    digest_scenes,
-    load_scenes,
-    load_stage_data,
-    read_bad_samples,
-)
+from train.data import digest_scenes, load_scenes, load_stage_data, read_bad_samples
 from train.sources import SourceError, SourceUri, write_npz, write_parquet
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "bad_samples.txt"
@@ -253,6 +246,32 @@ def test_every_count_is_printed(small, tmp_path):
     )
 
 
+def test_doubtful_rows_are_used_counted_and_told_also_where_they_were_kept(small, tmp_path, monkeypatch, caplog):
+    metres = np.full((24, 3), 9, np.float32)
+    damage(small, "row-00001", xyz_norm=metres)
+    damage(small, "row-00008", xyz_norm=metres, gt_segments=np.ones((7, 2, 3), np.float32))
+    monkeypatch.setenv("RIDGELINE_CACHE", str(tmp_path / "kept"))
+    for _ in range(2):
+        stage = load_stage_data(small)
+        assert stage.counts == data.Counts(
+            rows=10, trained_on=7, dev=3, dropped_bad=0, dropped_leak=0, undecodable=0
+        )  # fmt: skip
+        assert stage.describe().endswith(
+            " + 0 undecodable; 2 of 10 have an xyz_norm beyond 2 at most points, as metres would be; "
+            "1 of 10 have gt_segments that are not their gt_edges, normalised"
+        )
+    assert not caplog.text
+    assert len(load_scenes(f"{small}#dev", truth=False)) == 3
+    assert "1 of 3 rows have an xyz_norm beyond 2 at most points" in caplog.text
+    assert "gt_segments" not in caplog.text
+
+
+@pytest.mark.parametrize("setting", ["easy", "real"])
+def test_generated_roofs_are_not_doubted(setting):
+    stage = load_stage_data(f"roofs:{setting}?scenes=64&points=256")
+    assert stage.train.doubts == stage.dev.doubts == {}
+
+
 def test_scenes_of_a_part_or_of_all_are_loaded_in_order(small):
     names = [f"row-{i:05}" for i in range(10)]
     for part, expected in (("", names), ("#all", names), ("#train", names[:7]), ("#dev", names[7:])):
@@ -294,44 +313,3 @@ def test_roofs_of_another_density_in_the_run_do_not_leak():
     stage = load_stage_data("roofs:easy?scenes=100&points=64&seed=1", dev_uris=uris)
     # seed 1 is the dev part of seed 0
     assert stage.counts.dropped_leak == 64
-
-
-def one_edge_scene(points_world: list, vertices: list, edges: list, **changes):
-    points = np.array(points_world, np.float32)
-    return random_scene(
-        "a", points=len(points), xyz_norm=points / 2, mask=np.ones(len(points), bool),
-        center=np.zeros(3, np.float32), scale=np.array(2, np.float32),
-        gt_vertices=np.array(vertices, np.float32), gt_edges=np.array(edges, np.int32),
-        gt_segments=np.zeros((len(edges), 2, 3), np.float32), gt_edge_classes=None, **changes,
-    )  # fmt: skip
-
-
-def test_coverage_is_the_share_of_vertices_and_of_edge_length_near_a_point():
-    # a point at one end of an edge of 4 m sees 0.5 m of it, and one of its two vertices
-    scene = one_edge_scene([[0, 0, 0]], [[0, 0, 0], [4, 0, 0]], [[0, 1]])
-    assert coverage([scene]) == (0.5, pytest.approx(0.125))
-    # an edge of 2 m wholly out of sight: sums run over scenes
-    other = one_edge_scene([[0, 9, 0]], [[0, 0, 0], [2, 0, 0]], [[0, 1]])
-    assert coverage([scene, other]) == (0.25, pytest.approx(0.5 / 6))
-    assert coverage([scene], radius_m=1.0) == (0.5, pytest.approx(0.25))
-
-
-def test_coverage_ignores_padded_points():
-    scene = one_edge_scene([[9, 0, 0], [0, 0, 0]], [[0, 0, 0], [0.1, 0, 0]], [[0, 1]])
-    assert coverage([scene]) == (1, 1)
-    for mask in ([True, False], [False, False]):
-        assert coverage([dataclasses.replace(scene, mask=np.array(mask))]) == (0, 0)
-
-
-def test_coverage_is_printed_per_source():
-    scene = one_edge_scene([[0, 0, 0]], [[0, 0, 0], [4, 0, 0]], [[0, 1]])
-    assert describe_coverage("npz:x#dev", [scene]) == (
-        "npz:x#dev: 50.0% of the true vertices and 12.5% of the true edges of 1 scenes lie within 0.5 m of a point"
-    )
-
-
-def test_coverage_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="at least one scene"):
-        coverage([])
-    with pytest.raises(ValueError, match="must have ground truth, 'a' has none"):
-        coverage([random_scene("a", gt_segments=None, gt_vertices=None, gt_edges=None)])

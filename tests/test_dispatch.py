@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels.dispatch import as_count, as_number, family, resolve, values_are_readable
+from kernels.dispatch import as_count, as_number, cdiv, family, next_power_of_2, resolve, values_are_readable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -78,6 +79,15 @@ def test_what_is_no_number_is_refused_by_name(value):
         as_number("eps", value)
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**5000), Fraction(10**400)], ids=["int", "long int", "fraction"])
+def test_a_number_beyond_all_floats_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=r"^eps must be in the range of floats, got (int|Fraction) beyond it$"):
+        as_number("eps", value)
+    for operator in ("sinkhorn", "match_segments"):
+        with pytest.raises(ValueError, match=r"^dustbin must be in the range of floats"):
+            getattr(kernels, operator)(**OPERATORS[operator] | {"dustbin": value})
+
+
 @pytest.mark.parametrize("value", ["1", None, True, np.True_, 0, -1, 1.0, np.ones(1), np.ones(2, int), torch.tensor(1)])
 def test_what_is_no_count_is_refused_by_name(value):
     with pytest.raises(ValueError, match=r"^iterations must be an integer of at least 1, got "):
@@ -95,9 +105,23 @@ def test_gpus_of_one_family_share_launches(arch, name, monkeypatch):
     assert family(torch.zeros(1)) == name
 
 
+def test_a_gpu_is_asked_once_what_it_is(monkeypatch):
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0))
+    tensor: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 63))
+    assert family(tensor) == family(tensor) == "sm_90"
+    assert asked == [tensor.device]
+
+
 def test_the_interpreter_launches_as_an_sm_90_does(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert family(torch.zeros(1)) == "sm_90"
+
+
+def test_the_host_divides_and_rounds_as_triton_does():
+    for x in range(1, 300):
+        assert next_power_of_2(x) == triton.next_power_of_2(x)
+        assert [cdiv(x, y) for y in range(1, 40)] == [triton.cdiv(x, y) for y in range(1, 40)]
 
 
 # each operator of `kernels` with arguments that it takes

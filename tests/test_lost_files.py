@@ -42,6 +42,36 @@ def test_a_finished_run_gets_states_back_that_are_gone_with_every_byte(finished,
         assert (path / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+def test_a_damaged_state_of_a_finished_run_is_made_again_with_every_byte_and_kept_aside(finished, tmp_path):
+    path, lines = tmp_path / "run", []
+    shutil.copytree(finished, path)
+    whole = (path / "stage2.pt").read_bytes()
+    damaged = whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:]
+    (path / "stage2.pt").write_bytes(damaged)
+    (path / "stage3_tail.pt").write_bytes(b"")
+    assert not run(tiny_recipe(keep_every=7), path, device="cpu", progress=False, say=lines.append)
+    assert lines == [
+        f"{path / name} was damaged, and is {name}.previous now: made again from {origin}"
+        for name, origin in (("stage2.pt", "stage1.pt, step 8"), ("stage3_tail.pt", "stage2.pt, step 12"))
+    ]
+    assert (path / "stage2.pt.previous").read_bytes() == damaged
+    for name in ("stage2.pt", "stage3_tail.pt"):
+        assert (path / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_damaged_state_that_cannot_be_made_again_stays_where_it_is(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.loop, "CHECKED_STEPS", 0)
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    (path / "stage2.pt").write_bytes(b"half")
+    (path / "stage3_tail.pt").unlink()
+    with pytest.raises(
+        RunRefused, match=r"^stage2\.pt, stage3_tail\.pt of .* are gone or damaged, .* stage2\.pt could not"
+    ):
+        train_quietly(tiny_recipe(keep_every=7), path)
+    assert (path / "stage2.pt").read_bytes() == b"half"
+
+
 def test_a_finished_run_without_a_state_that_is_too_far_to_make_again_is_refused(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(train.loop, "CHECKED_STEPS", 5)
     path = tmp_path / "run"
@@ -50,7 +80,8 @@ def test_a_finished_run_without_a_state_that_is_too_far_to_make_again_is_refused
         (path / name).unlink()
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     with pytest.raises(
-        RunRefused, match=r"^stage1\.pt, stage2_tail\.pt of .* are gone, and what they would .*: put them back"
+        RunRefused,
+        match=r"^stage1\.pt, stage2_tail\.pt of .* are gone or damaged, and what they would .*: put them back",
     ) as refusal:
         train_quietly(tiny_recipe(keep_every=7), path)
     said = "stage1.pt could not be made again: the nearest state, stage1_tail.pt, is 8 updates before it"

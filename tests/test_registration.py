@@ -232,6 +232,12 @@ def _with_an_argument_less():
         scaled(torch.ones(3))
 
 
+def _left_by_a_transform():
+    left = []
+    torch.func.grad(lambda x: left.append(x) or x.sum())(torch.ones(3))
+    scaled(*left, 2.0)
+
+
 class _Doubled(torch.autograd.Function):
     """Its backward is an operator."""
 
@@ -251,6 +257,7 @@ LOOKED_ON = {
     "a trace": _traced,
     "a vmap": lambda: torch.func.vmap(lambda x: scaled(x, 2.0))(torch.ones(2, 3)),
     "a tangent": _with_a_tangent,
+    "a tensor that a transform left": _left_by_a_transform,
     "gradients of a batch": _with_gradients_of_a_batch,
     "no values": lambda: scaled(torch.ones(3, device="meta"), 2.0),
     "a negative view": lambda: scaled(torch._neg_view(torch.ones(3)), 2.0),
@@ -293,6 +300,14 @@ def test_a_second_derivative_is_refused(case):
     with pytest.raises(RuntimeError, match="no autograd formula"):
         gradients = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
         (total + sum(g.square().sum() for g in gradients if g is not None)).backward()
+
+
+def test_nothing_is_made_for_gradients_that_nobody_has_or_reads():
+    (plan, *_), inputs = _transport()
+    with Seen() as seen:
+        torch.autograd.grad(plan, inputs, torch.ones_like(plan))
+    # the upstream gradients of both slacks, which the kernel reads, and no sum for the dustbin, which is a number
+    assert [name for name in seen.names if "zeros" in name or "sum" in name] == ["aten.new_zeros.default"] * 2
 
 
 @pytest.mark.parametrize("value", [2, True, numpy.float32(2.0)], ids=lambda value: type(value).__name__)

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from perceiver import scene as schema
-from perceiver.scene import RowError, Scene, check_scene, decode_scene, encode_scene, scene_key, stack_scenes
+from perceiver.scene import (
+    RowError,
+    Scene,
+    check_scene,
+    decode_scene,
+    doubts_about,
+    encode_scene,
+    scene_key,
+    stack_scenes,
+)
 from tests.random_scenes import random_scene, random_scenes
 from train.plots import POINT_CLASSES
 from train.sources import open_rows
@@ -123,6 +132,9 @@ def test_damaged_bytes_are_a_row_error_or_an_unchanged_scene():
         ({"gt_vertices": np.full((6, 3), np.inf, np.float32)}, "gt_vertices", "not finite"),
         ({"mask": np.arange(24) > 3}, "mask", "prefix"),
         ({"scale": np.array(1e-7, np.float32)}, "scale", "at least 1e-6"),
+        ({"scale": 10.0}, "scale", "is not a numpy array, it is float"),
+        ({"center": [0.0, 0.0, 0.0]}, "center", "is not a numpy array, it is list"),
+        ({"gt_vertices": None}, "gt_vertices", "is missing beside gt_segments"),
         ({"class_id": np.full(24, 13, np.uint8)}, "class_id", "below 13"),
         ({"source": np.full(24, 2, np.uint8)}, "source", "below 2"),
         ({"behind": np.full(24, 29, np.int16)}, "behind", "below 29"),
@@ -147,6 +159,36 @@ def test_damaged_bytes_are_a_row_error_or_an_unchanged_scene():
 def test_rule_that_a_row_breaks_is_named(change, field, reason):
     with pytest.raises(RowError, match=f"field '{field}' .*{reason}"):
         check_scene(random_scene("a", **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "doubts"),
+    [
+        (lambda x: {}, []),
+        (lambda x: {"xyz_norm": x.to_world(x.xyz_norm).astype(np.float32)}, ["an xyz_norm beyond 2 at most points"]),
+        (lambda x: {"xyz_norm": np.where(np.arange(24)[:, None] < 5, 9, x.xyz_norm).astype(np.float32)}, []),
+        (lambda x: {"gt_segments": x.gt_vertices[x.gt_edges]}, ["gt_segments that are not their gt_edges"]),
+        (lambda x: {"gt_vertices": x.gt_segments[:6, 0].copy()}, ["gt_segments that are not their gt_edges"]),
+        (lambda x: {"gt_segments": x.gt_segments[::-1, ::-1].copy()}, []),
+        (lambda x: dict.fromkeys(TRUTH), []),
+        (lambda x: {"mask": np.zeros(24, bool)}, []),
+    ],
+    ids=["as it should be", "points in metres", "outliers", "segments in metres", "normalised vertices", "other order",
+         "no truth", "no point"],
+)  # fmt: skip
+def test_what_breaks_no_rule_and_can_hardly_be_meant_is_doubted(change, doubts):
+    scene = random_scene("a")
+    scene = dataclasses.replace(scene, **change(scene))
+    check_scene(scene)
+    found = doubts_about(scene)
+    assert len(found) == len(doubts)
+    assert all(text.startswith(start) for text, start in zip(found, doubts, strict=True))
+
+
+def test_the_rounding_of_metres_far_from_their_origin_is_not_doubted():
+    scene, far = random_scene("a"), np.array([5e5, 0, 4e5], np.float32)
+    moved = dataclasses.replace(scene, center=scene.center + far, gt_vertices=scene.gt_vertices + far)
+    assert doubts_about(moved) == []
 
 
 def test_row_without_any_point_is_refused():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.sinkhorn import sinkhorn
+from kernels.sinkhorn import Transport, sinkhorn
 from tests.sinkhorn_problems import cast, differentiate, problem
 
 KINDS = ("full", "minimal", "weights")
@@ -73,6 +73,18 @@ def test_strides_change_no_bit(device):
             (transport := sinkhorn(**strided, **SETTINGS)).plan_BNM, cost, torch.ones_like(transport.plan_BNM)
         )
         assert torch.equal(grad, same)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("name", Transport._fields)
+def test_outputs_without_an_upstream_gradient_have_one_of_zeros(name, impl, device):
+    arguments = cast(problem("full"), torch.float32, device)
+    transport = sinkhorn(**arguments, **SETTINGS | {"impl": impl})
+    leaves = [arguments["cost_BNM"], arguments["dustbin"]]
+    upstream = [torch.ones_like(x) if x is getattr(transport, name) else torch.zeros_like(x) for x in transport]
+    expected = torch.autograd.grad(list(transport), leaves, upstream, retain_graph=True)
+    found = torch.autograd.grad(getattr(transport, name).sum(), leaves)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(70, 9), (9, 70), (70, 70)], ids=str)

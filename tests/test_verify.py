@@ -219,6 +219,7 @@ def test_other_code_is_said(finished, tmp_path):
         (lambda c: c["stages"][1].pop("tail"), "a stage has no 'tail'|KeyError 'tail'"),
         (lambda c: c.update(kernels=None), "kernels must be an object, got None"),
         (lambda c: c["first"].append(3), "TypeError"),
+        (lambda c: c["start"].update({"from": "a.pt"}), "where it started from must be an object, got 'a.pt'"),
         (lambda c: c["data"][0].pop("dev_digest"), "a line of its data has no 'dev_digest'"),
     ],
 )

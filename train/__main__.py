@@ -134,14 +134,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--step", type=int, required=True, metavar="S", help="the last update to check")
     sub.add_argument("--steps", type=int, default=1, metavar="N", help="how many updates to check (default: 1)")
     sub.add_argument("--tensors", action="store_true", help="print the digest of every tensor of update S instead")
-    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the run's)")
+    _add_past_options(sub)
     sub.set_defaults(action=_replay)
 
     sub = add("verify", help="recompute what a certificate says of a run: 0 yes, 1 no, 2 cannot be checked here")
     sub.add_argument("certificate", type=Path, help="certificate.json, or the directory of its run")
-    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the run's)")
+    _add_past_options(sub)
     sub.set_defaults(action=_verify)
     return parser
+
+
+def _add_past_options(sub: argparse.ArgumentParser) -> None:
+    help_text = "the file that the run began with, where it began with one"
+    sub.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help=help_text)
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the run's)")
 
 
 def _add_model_options(sub: argparse.ArgumentParser) -> None:
@@ -233,7 +239,7 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _load(options: argparse.Namespace) -> tuple[LoadedModel, Machine]:
-    """The model, and the arithmetic it was trained in unless flags say otherwise."""
+    """The model, and the arithmetic it was trained in unless flags say otherwise; say which weights it has."""
     loaded = load_model(options.model)
     machine = enter(
         threads=loaded.threads if options.threads is None else options.threads,
@@ -244,6 +250,12 @@ def _load(options: argparse.Namespace) -> tuple[LoadedModel, Machine]:
     if options.confidence is not None:
         postprocess = dataclasses.replace(loaded.postprocess, confidence=options.confidence)
         loaded = dataclasses.replace(loaded, postprocess=postprocess)
+    step, until = loaded.record["step"], loaded.until
+    if step is None or until is None:
+        print(f"weights of {options.model}, the published form")
+    else:
+        unfinished = ": the run is not finished" if options.model.is_dir() and step < until else ""
+        print(f"weights of {options.model}, step {step:,} of {until:,}{unfinished}")
     return loaded, machine
 
 
@@ -313,19 +325,20 @@ def _compare(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _replay(options: argparse.Namespace, _rest: list[str]) -> int:
+    how = {"start_from": options.start, "device": options.device, "progress": True}
     if options.tensors:
-        again = recompute_update(options.run, options.step, device=options.device, progress=True)
+        again = recompute_update(options.run, options.step, **how)
         for note in (f"step {options.step:,} of {options.run}, from {again.origin}", *again.notes):
             print(note, file=sys.stderr)
         for kind in KINDS:
             for name, value in tensor_digests(again.tensors[kind]).items():
                 print(kind, name, value)
         return int(bool(again.notes))
-    return _answer(replay(options.run, options.step, steps=options.steps, device=options.device, progress=True))
+    return _answer(replay(options.run, options.step, steps=options.steps, **how))
 
 
 def _verify(options: argparse.Namespace, _rest: list[str]) -> int:
-    return _answer(verify(options.certificate, device=options.device, progress=True))
+    return _answer(verify(options.certificate, start_from=options.start, device=options.device, progress=True))
 
 
 def _answer(verdict: Verdict) -> int:

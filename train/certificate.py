@@ -251,6 +251,8 @@ def _check_form(certificate: Mapping[str, Any]) -> None:
         ("kernels", certificate["kernels"], ("cubins",)),
         ("start", certificate["start"], ("step", "stage", "from", "state")),
     ]
+    if certificate["start"]["from"] is not None:
+        parts.append(("where it started from", certificate["start"]["from"], ("file",)))
     rows = ("stage", "uri", "train_digest", "dev_digest")
     parts += [("a line of its data", line, rows) for line in certificate["data"]]
     for stage in certificate["stages"]:

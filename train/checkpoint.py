@@ -72,7 +72,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     plain = {name: _interned(value) for name, value in checkpoint.__dict__.items() if name != "model"}
     torch.save({"format": FORMAT, "step": checkpoint.step, "model": checkpoint.model, **plain}, buffer)
     temporary, previous = path.with_name(path.name + ".new"), path.with_name(path.name + ".previous")
-    if not path.exists() and _is_usable(temporary):
+    if not path.exists() and is_usable(temporary):
         # a crash came between the renames below: this is the newest state there is
         _rename(temporary, path)
     _digest_file(temporary).unlink(missing_ok=True)
@@ -118,6 +118,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if content.keys() != names:
         raise CheckpointError(f"checkpoint {path} must hold {', '.join(sorted(names))}; it holds other things")
     return Checkpoint(**content)
+
+
+def is_usable(path: Path) -> bool:
+    """Whether a file is a whole checkpoint."""
+    try:
+        load_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def load_newest(path: Path) -> tuple[Checkpoint, str | None] | None:
@@ -190,14 +199,6 @@ def _rename(path: Path, to: Path) -> None:
     else:
         _digest_file(to).unlink(missing_ok=True)
     os.replace(path, to)
-
-
-def _is_usable(path: Path) -> bool:
-    try:
-        load_checkpoint(path)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _sealed(archive: bytes) -> bytes:

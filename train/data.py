@@ -12,15 +12,15 @@ published sets are not cut at the same scene), and those that bad_samples.txt na
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from perceiver.scene import RowError, Scene, SceneBatch, stack_scenes
+from perceiver.scene import RowError, Scene, SceneBatch, doubts_about, stack_scenes
 from train.decoding import decode
 from train.progress import progress_bar
 from train.resident import Columns, Facts, keep_rows, to_device
@@ -50,7 +50,8 @@ _CODE = (
 class RowSet:
     """Rows of one part of a source: stacked, with their identifiers and their digest.
 
-    `rows`, `order_ids` and, for a dev part, `scenes` are in the same order; a train part keeps no scenes.
+    `rows`, `order_ids` and, for a dev part, `scenes` are in the same order; a train part keeps no scenes. `doubts`
+    counts rows by what is doubtful about them, see `doubts_about`.
     """
 
     uri: SourceUri
@@ -58,6 +59,7 @@ class RowSet:
     order_ids: tuple[str, ...]
     digest: str
     scenes: tuple[Scene, ...] = ()
+    doubts: Mapping[str, int] = field(default_factory=dict)
     _moved: dict[torch.device, SceneBatch] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -92,12 +94,14 @@ class StageData:
     counts: Counts
 
     def describe(self) -> str:
-        """One line with every count."""
-        c = self.counts
+        """One line with every count, and what is doubtful about rows."""
+        c, used = self.counts, len(self.train) + len(self.dev)
+        doubts = Counter(self.train.doubts) + Counter(self.dev.doubts)
         return (
             f"{self.uri}: {c.rows:,} rows = {c.trained_on:,} trained on + {c.dev:,} dev"
             f" + {c.dropped_bad:,} bad samples + {c.dropped_leak:,} in a dev part of this run"
             f" + {c.undecodable:,} undecodable"
+            + "".join(f"; {count:,} of {used:,} have {doubt}" for doubt, count in sorted(doubts.items()))
         )
 
 
@@ -175,6 +179,8 @@ def load_scenes(uri: str | SourceUri, *, truth: bool = True, strict: bool = Fals
     failed: list[RowError] = []
     scenes = list(_decode(source, source.span(uri.part), failed, truth=truth, strict=strict))
     _complain(uri, failed, then="left out" if truth else "without a scene")
+    for doubt, count in _count_doubts(scenes).items():
+        _log.warning("%s: %d of %d rows have %s", uri, count, len(scenes), doubt)
     if truth and not scenes:
         raise SourceError(f"{uri}: has no usable rows")
     return scenes
@@ -220,61 +226,6 @@ def digest_scenes(scenes: Iterable[Scene]) -> str:
     for scene in scenes:
         _add_to_digest(digest, scene)
     return digest.hexdigest()
-
-
-def coverage(scenes: Sequence[Scene], radius_m: float = 0.5) -> tuple[float, float]:
-    """Return the shares of true vertices and of true edge length that lie within a radius of a valid point.
-
-    An edge is cut into the fewest equal pieces of at most 0.1 m; a piece counts if its middle is within the radius,
-    weighted by its length. Sums run over all scenes. This bounds what can be seen in the input.
-
-    Args:
-        scenes: at least one scene with ground truth.
-        radius_m: the radius in metres.
-    Returns:
-        (vertex share, edge share) in [0, 1].
-    Raises:
-        ValueError: there are no scenes, or a scene has no ground truth.
-        ImportError: the package scipy is not installed.
-    """
-    from scipy.spatial import KDTree
-
-    if not scenes:
-        raise ValueError("scenes must hold at least one scene")
-    vertices = seen_vertices = length_m = seen_length_m = 0.0
-    for scene in scenes:
-        if scene.gt_vertices is None or scene.gt_edges is None:
-            raise ValueError(f"scenes must have ground truth, {scene.order_id!r} has none")
-        vertices += len(scene.gt_vertices)
-        middles, weights_m = _edge_pieces(scene.gt_vertices.astype(np.float64), scene.gt_edges)
-        length_m += weights_m.sum()
-        if scene.point_count:
-            tree = KDTree(scene.valid_points_world())
-            seen_vertices += (tree.query(scene.gt_vertices)[0] <= radius_m).sum()
-            seen_length_m += weights_m[tree.query(middles)[0] <= radius_m].sum()
-    return float(seen_vertices / vertices), float(seen_length_m / length_m) if length_m else 0.0
-
-
-def describe_coverage(uri: str | SourceUri, scenes: Sequence[Scene]) -> str:
-    """One line with the coverage of a source's scenes, or why it is not known."""
-    try:
-        vertex_share, edge_share = coverage(scenes)
-    except ImportError as error:
-        return f"{uri}: how much of the truth lies within 0.5 m of a point was not computed: {error}"
-    return (
-        f"{uri}: {vertex_share:.1%} of the true vertices and {edge_share:.1%} of the true edges of {len(scenes):,} "
-        f"scenes lie within 0.5 m of a point"
-    )
-
-
-def _edge_pieces(vertices_V3: np.ndarray, edges_E2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    middles, weights_m = [], []
-    for start, end in vertices_V3[edges_E2]:
-        length_m = float(np.linalg.norm(end - start))
-        pieces = max(1, int(np.ceil(length_m / 0.1)))
-        middles.append(start + (np.arange(pieces)[:, None] + 0.5) / pieces * (end - start))
-        weights_m.append(np.full(pieces, length_m / pieces))
-    return np.concatenate(middles), np.concatenate(weights_m)
 
 
 def _stage_uri(uri: str | SourceUri) -> SourceUri:
@@ -349,6 +300,7 @@ def _load_dev(source: Rows, *, strict: bool, progress: bool) -> RowSet:
         order_ids=tuple(scene.order_id for scene in scenes),
         digest=digest_scenes(scenes),
         scenes=scenes,
+        doubts=_count_doubts(scenes),
     )
 
 
@@ -357,7 +309,7 @@ def _load_train(source: Rows, numbers: Sequence[int], *, strict: bool, progress:
     uri = source.uri.with_part("train")
 
     def fill(columns: Columns) -> Facts:
-        digest, order_ids, points = hashlib.sha256(), [], 0
+        digest, order_ids, points, doubts = hashlib.sha256(), [], 0, Counter()
         failed: list[RowError] = []
         scenes = _decode(source, numbers, failed, strict=strict, progress=progress)
         for chunk in iter(lambda: list(islice(scenes, _CHUNK)), []):
@@ -365,13 +317,15 @@ def _load_train(source: Rows, numbers: Sequence[int], *, strict: bool, progress:
             for scene in chunk:
                 _check_points(scene, points)
                 _add_to_digest(digest, scene)
+            doubts += _count_doubts(chunk)
             columns.append(stack_scenes(chunk))
             order_ids += [scene.order_id for scene in chunk]
         if not order_ids:
             _complain(uri, failed)
             raise SourceError(f"{source.uri}: its train part has no usable rows")
         undecodable = [(error.order_id, error.field, error.reason) for error in failed]
-        return {"order_ids": order_ids, "digest": digest.hexdigest(), "undecodable": undecodable}
+        facts = {"order_ids": order_ids, "digest": digest.hexdigest(), "undecodable": undecodable}
+        return facts | {"doubts": dict(doubts)}
 
     chosen = "\n".join(f"{i} {source.order_ids[i]}" for i in numbers)
     depends_on = "\n".join([str(uri), digest_sources(*_CODE), source.made_of(), chosen])
@@ -380,7 +334,12 @@ def _load_train(source: Rows, numbers: Sequence[int], *, strict: bool, progress:
     if failed and strict:
         raise failed[0]
     _complain(uri, failed)
-    return RowSet(uri=uri, rows=rows, order_ids=tuple(facts["order_ids"]), digest=facts["digest"])
+    known = {"digest": facts["digest"], "doubts": facts["doubts"]}
+    return RowSet(uri=uri, rows=rows, order_ids=tuple(facts["order_ids"]), **known)
+
+
+def _count_doubts(scenes: Iterable[Scene]) -> Counter[str]:
+    return Counter(doubt for scene in scenes for doubt in doubts_about(scene))
 
 
 def _check_points(scene: Scene, points: int) -> None:

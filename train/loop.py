@@ -17,9 +17,10 @@ from perceiver.model import Perceiver
 from perceiver.score import ScorePool, require_scorer
 from train.batches import StageBatches, check_batches, stage_data
 from train.certificate import code_files, describe_environment, loaded_cubins, write_certificate
-from train.checkpoint import Checkpoint, save_checkpoint, tensors_digest
+from train.checkpoint import Checkpoint, is_usable, save_checkpoint, tensors_digest
 from train.config import Recipe, StageConfig, recipe_to_dict
-from train.data import StageData, describe_coverage
+from train.coverage import describe_coverage
+from train.data import StageData
 from train.determinism import FP_FUSION, Machine, check_state, enter
 from train.evaluate import Evaluation, evaluate, format_scores, write_scores
 from train.examples import write_examples
@@ -156,18 +157,19 @@ class _Trainer:
         self.directory.cut_logs(self.step)
 
     def require_results(self) -> None:
-        """Make a finished run's lost states again, where that takes few updates, and refuse one that lacks a file."""
+        """Make states that a finished run lost again, where that takes few updates; refuse one that lacks a file."""
         lost: dict[str, str] = {}
         for path, step in stage_states(self.directory, self.recipe).items():
-            if path.is_file():
+            if is_usable(path):
                 continue
+            what = f"damaged, and is {path.name}.previous now" if path.exists() else "gone"
             try:
                 past, origin = state_again(self.directory.path, step, most=CHECKED_STEPS, progress=self.progress)
             except CannotCheck as reason:
                 lost[path.name] = str(reason)
             else:
                 save_checkpoint(path, self._checkpoint(past.step, past.model, past.optimizer))
-                self.say(f"{path} was gone: made again from {origin}")
+                self.say(f"{path} was {what}: made again from {origin}")
         self.directory.require_results(scored=self.recipe.evaluate.score)
         self.directory.require_states(lost)
 

@@ -24,6 +24,7 @@ from train.determinism import EnvironmentRefused, Machine, enter
 from train.optim import build_optimizer, learning_rate, load_optimizer_state
 from train.progress import progress_bar
 from train.rundir import read_log
+from train.starting_point import begun_with
 from train.step import update
 from train.trace import Line, Trace, digest, in_order, state_tensors, tensor_digests
 
@@ -59,14 +60,21 @@ class Differs(Exception):
 
 
 def replay(
-    run_dir: str | Path, step: int, *, steps: int = 1, device: str | None = None, progress: bool = False
+    run_dir: str | Path,
+    step: int,
+    *,
+    steps: int = 1,
+    start_from: Path | None = None,
+    device: str | None = None,
+    progress: bool = False,
 ) -> Verdict:
     """Make the updates of a run that end with `step` again and compare them with its trace.
 
     Args:
-        run_dir: a run; the updates begin at the nearest checkpoint that is old enough, or at the initial weights.
+        run_dir: a run; the updates begin at the nearest checkpoint that is old enough, or where the run began.
         step: the last update to check.
         steps: how many updates before and with it are checked.
+        start_from: the file that the run began with, where it did not begin with initial weights.
         device: where; None takes the run's own kind of device.
         progress: show a bar, on a terminal.
     Returns:
@@ -80,60 +88,60 @@ def replay(
         raise ValueError(f"steps must be at least 1, got {steps}")
     path = Path(run_dir)
     try:
-        recipe, trace = _read_run(path)
-        by_step = {line["step"]: line for line in trace if line["kind"] == "step"}
-        begin = step - steps
-        missing = [s for s in range(begin + 1, step + 1) if s not in by_step]
+        run = _Run(path)
+        missing = [s for s in range(step - steps + 1, step + 1) if s not in run.by_step]
         if missing:
             raise CannotCheck(f"the trace of {path} has no step {missing[0]}")
-        name, checkpoint, machine = _nearest_state(path, recipe, trace, begin, device)
-        past = Past(recipe, machine, _rows_of_run(path), progress=progress)
-        past.begin(checkpoint, trace)
+        past, name = run.nearest_past(step - steps, start_from=start_from, device=device, progress=progress)
+        begun = past.step
+        past.check_begin(run.trace)
         for line in past.updates(step):
-            check_line(line, by_step[line["step"]], past, trace)
+            check_line(line, run.by_step[line["step"]], past, run.trace)
     except CannotCheck as reason:
         return Verdict(agrees=None, sentence=f"step {step:,} of {path} cannot be checked here: {reason}")
     except Differs as difference:
         return Verdict(agrees=False, sentence=f"no, {path} was not computed so: {difference}")
-    start = checkpoint.step if checkpoint else 0
-    note = f"recomputed steps {start + 1:,} to {step:,} from {name}: every value and digest of the trace is the same"
+    note = f"recomputed steps {begun + 1:,} to {step:,} from {name}: every value and digest of the trace is the same"
     return Verdict(agrees=True, sentence=f"yes, step {step:,} of {path} was computed so", lines=(note,))
 
 
 def recompute_update(
-    run_dir: str | Path, step: int, *, device: str | None = None, progress: bool = False
+    run_dir: str | Path,
+    step: int,
+    *,
+    start_from: Path | None = None,
+    device: str | None = None,
+    progress: bool = False,
 ) -> Recomputed:
-    """Make update `step` of a run again, from the nearest checkpoint before it, and keep every tensor of it.
+    """Make update `step` of a run again, from the nearest state before it, and keep every tensor of it.
 
-    `progress` shows a bar, on a terminal.
+    `start_from`, `device` and `progress` as for `replay`.
 
     Raises:
         CannotCheck: there is no such checkpoint, the rows are not there, this machine computes other bits, or an update
             on the way is not what the trace says, so that the state before `step` would not be the run's.
     """
-    path, notes = Path(run_dir), []
-    recipe, trace = _read_run(path)
-    if not 1 <= step <= recipe.stages[-1].until:
-        raise CannotCheck(f"{path} has no step {step:,}: its recipe has 1 to {recipe.stages[-1].until:,}")
-    by_step = {line["step"]: line for line in trace if line["kind"] == "step"}
-    name, checkpoint, machine = _nearest_state(path, recipe, trace, step - 1, device)
-    past = Past(recipe, machine, _rows_of_run(path), progress=progress)
+    run, notes = _Run(Path(run_dir)), []
+    last = run.recipe.stages[-1].until
+    if not 1 <= step <= last:
+        raise CannotCheck(f"{run_dir} has no step {step:,}: its recipe has 1 to {last:,}")
+    past, name = run.nearest_past(step - 1, start_from=start_from, device=device, progress=progress)
     try:
-        past.begin(checkpoint, trace)
+        past.check_begin(run.trace)
     except Differs as difference:
         # a run may have gone on from a damaged state, and then it differs by that
         notes.append(str(difference))
     try:
         for line in past.updates(step - 1):
-            check_line(line, by_step.get(line["step"], line), past, trace)
+            check_line(line, run.by_step.get(line["step"], line), past, run.trace)
         before = copies(past.state())
         with watch_update(past.model) as seen:
             (line,) = past.updates(step)
     except Differs as difference:
         raise CannotCheck("; ".join([*notes, str(difference)])) from difference
     try:
-        check_line(line, by_step.get(step, line), past, trace)
-        if which := past.which_tensor(trace):
+        check_line(line, run.by_step.get(step, line), past, run.trace)
+        if which := past.which_tensor(run.trace):
             raise Differs(f"the state after step {step:,} is another one{which}")
     except Differs as difference:
         notes.append(str(difference))
@@ -157,18 +165,15 @@ def state_again(run_dir: str | Path, step: int, *, most: int, progress: bool = F
     Raises:
         CannotCheck: no state is near enough, the rows are not there, or the updates are not what the trace says.
     """
-    path = Path(run_dir)
-    recipe, trace = _read_run(path)
-    name, checkpoint, machine = _nearest_state(path, recipe, trace, step, None)
-    begun = checkpoint.step if checkpoint else 0
+    run = _Run(Path(run_dir))
+    past, name = run.nearest_past(step, progress=progress)
+    begun = past.step
     if step - begun > most:
         raise CannotCheck(f"the nearest state, {name}, is {step - begun:,} updates before it")
-    by_step = {line["step"]: line for line in trace if line["kind"] == "step"}
-    past = Past(recipe, machine, _rows_of_run(path), progress=progress)
     try:
-        past.begin(checkpoint, trace)
+        past.check_begin(run.trace)
         for line in past.updates(step):
-            check_line(line, by_step.get(line["step"], {}), past, trace)
+            check_line(line, run.by_step.get(line["step"], {}), past, run.trace)
     except Differs as difference:
         raise CannotCheck(f"made with the code here, {difference}") from difference
     return past, f"{name}, step {begun:,}"
@@ -180,11 +185,11 @@ def initial_weights(run_dir: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         CannotCheck: they came from a file, or the directory lacks what says so.
     """
-    recipe, trace = _read_run(Path(run_dir))
-    start = next((line for line in trace if line["kind"] == "start"), {"from": {}})
+    run = _Run(Path(run_dir))
+    start = run.start or {"from": {}}
     if start["from"] is not None:
         raise CannotCheck(f"it began with the weights of {start['from'].get('file', 'an unknown file')}")
-    return copies(Perceiver(recipe.model, seed=recipe.seed).state_dict())
+    return copies(Perceiver(run.recipe.model, seed=run.recipe.seed).state_dict())
 
 
 class Past:
@@ -196,21 +201,24 @@ class Past:
         self.recipe, self.machine, self._rows, self._progress = recipe, machine, rows, progress
         self._loaded: tuple[str, StageData] | None = None
 
-    def begin(self, checkpoint: Checkpoint | None, trace: Sequence[Line]) -> None:
-        """Take a checkpoint's state, or the initial one, and compare it with what the trace says of it."""
+    def begin(self, checkpoint: Checkpoint | None) -> None:
+        """Take a checkpoint's state, or the initial one."""
         self.model = Perceiver(self.recipe.model, seed=self.recipe.seed).to(self.machine.device)
         self.optimizer = build_optimizer(self.model, self.recipe.optim, impl=self.machine.impl)
         self.step = 0
+        self._begun = "the initial weights"
         if checkpoint:
             self.model.load_state_dict(checkpoint.model)
-            load_optimizer_state(self.optimizer, checkpoint.optimizer)
+            if checkpoint.optimizer:
+                load_optimizer_state(self.optimizer, checkpoint.optimizer)
             self.step = checkpoint.step
+            self._begun = f"the checkpoint of step {self.step:,}"
+
+    def check_begin(self, trace: Sequence[Line]) -> None:
+        """Compare the state that the past begins with with what the trace says of it."""
         said = [line["state"] for line in trace if line["step"] == self.step and "state" in line]
-        if said and said[0] != digest(self.state()):
-            what = f"the checkpoint of step {self.step:,}" if checkpoint else "the initial weights"
-            raise Differs(
-                f"{what}: its digest is {digest(self.state())}, the trace says {said[0]}{self.which_tensor(trace)}"
-            )
+        if said and said[0] != (found := digest(self.state())):
+            raise Differs(f"{self._begun}: its digest is {found}, the trace says {said[0]}{self.which_tensor(trace)}")
 
     def state(self):
         return state_tensors(self.model.state_dict(), self.optimizer.state_dict())
@@ -307,13 +315,6 @@ def same_machine(recipe: Recipe, record: Mapping[str, str], device: str | None) 
     return machine
 
 
-def _read_run(path: Path) -> tuple[Recipe, list[Line]]:
-    for name in ("config.json", "trace.jsonl", "metrics.jsonl"):
-        if not (path / name).is_file():
-            raise CannotCheck(f"{path} has no {name}")
-    return known_recipe(read_object(path / "config.json")), read_log(path / "trace.jsonl")
-
-
 def known_recipe(values: Mapping[str, Any]) -> Recipe:
     """The recipe of a run; `CannotCheck` where this version of the program has no such values."""
     try:
@@ -322,31 +323,53 @@ def known_recipe(values: Mapping[str, Any]) -> Recipe:
         raise CannotCheck(f"this version of the program does not know its recipe: {error}") from error
 
 
-def _rows_of_run(path: Path) -> dict[int, Mapping[str, Any]]:
-    return {line["stage"]: line for line in read_log(path / "metrics.jsonl") if line["kind"] == "data"}
+class _Run:
+    """A run directory and what its logs say."""
 
+    def __init__(self, path: Path):
+        for name in ("config.json", "trace.jsonl", "metrics.jsonl"):
+            if not (path / name).is_file():
+                raise CannotCheck(f"{path} has no {name}")
+        self.path = path
+        self.recipe = known_recipe(read_object(path / "config.json"))
+        self.trace = read_log(path / "trace.jsonl")
+        self.by_step = {line["step"]: line for line in self.trace if line["kind"] == "step"}
+        self.start = next((line for line in self.trace if line["kind"] == "start"), None)
 
-def _nearest_state(
-    path: Path, recipe: Recipe, trace: Sequence[Line], before: int, device: str | None
-) -> tuple[str, Checkpoint | None, Machine]:
-    """The newest usable checkpoint of update `before` or earlier, or the initial weights."""
-    # one at a time: a run may keep hundreds
-    nearest: tuple[str, Checkpoint] | None = None
-    for file in (*sorted(path.glob("*.pt")), path / "checkpoint.pt.previous"):
+    def nearest_past(
+        self, before: int, *, start_from: Path | None = None, device: str | None = None, progress: bool = False
+    ) -> tuple[Past, str]:
+        """A past that begins with the newest usable state of update `before` or earlier, and where that is from."""
+        name, checkpoint, record = self._nearest_checkpoint(before) or self._beginning(before, start_from)
+        rows = {line["stage"]: line for line in read_log(self.path / "metrics.jsonl") if line["kind"] == "data"}
+        past = Past(self.recipe, same_machine(self.recipe, record, device), rows, progress=progress)
+        past.begin(checkpoint)
+        return past, name
+
+    def _nearest_checkpoint(self, before: int) -> tuple[str, Checkpoint, Mapping[str, str]] | None:
+        # one at a time: a run may keep hundreds
+        nearest: tuple[str, Checkpoint, Mapping[str, str]] | None = None
+        for file in (*sorted(self.path.glob("*.pt")), self.path / "checkpoint.pt.previous"):
+            try:
+                checkpoint = load_checkpoint(file)
+            except CheckpointError:
+                continue
+            if checkpoint.step <= before and (nearest is None or checkpoint.step > nearest[1].step):
+                nearest = file.name, checkpoint, checkpoint.machine
+        return nearest
+
+    def _beginning(self, before: int, start_from: Path | None) -> tuple[str, Checkpoint | None, Mapping[str, str]]:
+        """What the run began with, which must be the state of update `before` or earlier."""
+        log = self.path / "processes.jsonl"
+        process = next((line for line in read_log(log) if line["kind"] == "process"), None) if log.is_file() else None
         try:
-            checkpoint = load_checkpoint(file)
-        except CheckpointError:
-            continue
-        if checkpoint.step <= before and (nearest is None or checkpoint.step > nearest[1].step):
-            nearest = file.name, checkpoint
-    if nearest:
-        name, checkpoint = nearest
-        return name, checkpoint, same_machine(recipe, checkpoint.machine, device)
-    start = next((line for line in trace if line["kind"] == "start"), None)
-    if start is None or start["from"]:
-        raise CannotCheck(f"{path} has no checkpoint of step {before:,} or before, and began with weights of a file")
-    log = path / "processes.jsonl"
-    process = next((line for line in read_log(log) if line["kind"] == "process"), None) if log.is_file() else None
-    if process is None:
-        raise CannotCheck(f"{path} has no checkpoint of step {before:,} or before, and no log of its processes")
-    return "the initial weights", None, same_machine(recipe, process["environment"], device)
+            if self.start is None:
+                raise ValueError("no line of its beginning in its trace")
+            if self.start["step"] > before:
+                raise ValueError(f"it began at step {self.start['step']:,}")
+            if process is None:
+                raise ValueError("no log of its processes")
+            checkpoint = begun_with(self.start, start_from, self.recipe, process["environment"])
+        except ValueError as reason:
+            raise CannotCheck(f"{self.path} has no checkpoint of step {before:,} or before, and {reason}") from reason
+        return str(start_from) if checkpoint else "the initial weights", checkpoint, process["environment"]

@@ -104,7 +104,7 @@ class RunDirectory:
         """Check that a finished run has the states of its stages.
 
         Args:
-            lost: names of files that are gone, and why each could not be made again.
+            lost: names of files that are gone or damaged, and why each could not be made again.
         Raises:
             RunRefused: there are some; says what can be done without them.
         """
@@ -112,9 +112,9 @@ class RunDirectory:
             are, them, they = ("are", "them", "they") if len(lost) > 1 else ("is", "it", "it")
             reasons = "; ".join(f"{name} could not be made again: {reason}" for name, reason in lost.items())
             raise RunRefused(
-                f"{', '.join(lost)} of the finished run {self.path} {are} gone, and what {they} would show of the "
-                f"ends of its stages, to `compare` and `verify`: put {them} back, or train the run anew under another "
-                f"--name. Its scores, weights and metrics are there. {reasons}"
+                f"{', '.join(lost)} of the finished run {self.path} {are} gone or damaged, and what {they} would show "
+                f"of the ends of its stages, to `compare` and `verify`: put {them} back, or train the run anew under "
+                f"another --name. Its scores, weights and metrics are there. {reasons}"
             )
 
     def kept_states(self) -> list[Path]:

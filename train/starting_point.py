@@ -14,17 +14,21 @@ from perceiver.wireframe import PostprocessConfig
 from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_newest, tensors_digest
 from train.config import Recipe, differing_keys, recipe_from_dict, recipe_to_dict
 from train.rundir import RunDirectory, RunRefused
-from train.trace import tail_of
+from train.trace import Line, digest, state_tensors, tail_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model on the CPU, the post-processing and arithmetic of its recipe, and what is known of its weights."""
+    """A model on the CPU, the post-processing and arithmetic of its recipe, and what is known of its weights.
+
+    until: the last step of the recipe; None where there is none.
+    """
 
     model: Perceiver
     postprocess: PostprocessConfig
     record: Mapping[str, Any]
     optimizer: Mapping[str, Any] | None = None
+    until: int | None = None
     threads: int = 2
     precision: str = "auto"
     impl: str = "auto"
@@ -68,6 +72,7 @@ def load_model(path: Path) -> LoadedModel:
         postprocess=recipe.postprocess,
         record={"file": path.name, "step": checkpoint.step, "weights": tensors_digest(checkpoint.model)},
         optimizer=checkpoint.optimizer,
+        until=recipe.stages[-1].until,
         threads=recipe.threads,
         precision=recipe.precision,
         impl=recipe.impl,
@@ -90,6 +95,42 @@ def load_start(path: Path, stage: int, recipe: Recipe) -> StartPoint:
     if different:
         raise ValueError(f"{path} holds a model of another architecture than the recipe: {', '.join(different)} differ")
     return StartPoint(loaded=loaded, stage=stage)
+
+
+def begun_with(start: Line, file: Path | None, recipe: Recipe, machine: Mapping[str, str]) -> Checkpoint | None:
+    """Load the state that a run began with, as a checkpoint; None stands for the initial weights.
+
+    Args:
+        start: the first line of the run's trace.
+        file: where the weights are that the run began with; None where nobody says.
+        machine: what the run was computed with.
+    Raises:
+        ValueError: the run began with a file that is not given, or not this one; or with no file.
+    """
+    origin = start["from"]
+    if origin is None:
+        if file:
+            raise ValueError(f"the run began with its initial weights, not with those of {file}")
+        return None
+    if file is None:
+        name = origin.get("file")
+        raise ValueError(f"the run began with the weights of {name}, which verify and replay take with --from")
+    try:
+        loaded = load_start(file, start["stage"], recipe).loaded
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is not the file that the run began with: {error}") from error
+    model, optimizer = loaded.model.state_dict(), loaded.optimizer or {}
+    digests = {"weights": (loaded.record["weights"], origin.get("weights"))}
+    if optimizer:
+        # without an optimizer the state follows from the weights: another digest of it is the run's fault
+        digests["state"] = digest(state_tensors(model, optimizer)), start["state"]
+    for name, (found, said) in digests.items():
+        if found != said:
+            raise ValueError(
+                f"{file} is not the file that the run began with: the digest of its {name} is {found}, not {said}"
+            )
+    values = recipe_to_dict(recipe)
+    return Checkpoint(step=start["step"], model=model, optimizer=optimizer, recipe=values, machine=machine)
 
 
 def load_state(directory: RunDirectory, recipe: Recipe) -> tuple[Checkpoint, str | None] | None:

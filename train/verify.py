@@ -1,7 +1,8 @@
 """Does a certificate hold? `python -m train verify CERTIFICATE` makes the updates again that it has lines of.
 
-Those are the first 20 updates of the run and the last 20 of each stage, the latter from `stage<k>_tail.pt` beside it;
-the state that they end with must have the certificate's digests of it, and so must `stage<k>.pt` where it lies there.
+Those are the first 20 updates of the run and the last 20 of each stage. The first begin with the initial weights or, if
+the run did, with those of a file, which must be given; the last with the `stage<k>_tail.pt` beside the certificate. The
+state that a stage ends with must have the certificate's digests of it, and so must `stage<k>.pt` where it lies there.
 The updates between, and the scores, are not computed again. The answer is yes, no with the first difference, or that it
 cannot be checked here and why.
 """
@@ -24,15 +25,19 @@ from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, tenso
 from train.determinism import Machine
 from train.replay import CannotCheck, Differs, Past, Verdict, check_line, known_recipe, same_machine
 from train.rundir import read_log
+from train.starting_point import begun_with
 from train.trace import Line, digest, state_tensors
 
 
-def verify(path: str | Path, *, device: str | None = None, progress: bool = False) -> Verdict:
+def verify(
+    path: str | Path, *, start_from: Path | None = None, device: str | None = None, progress: bool = False
+) -> Verdict:
     """Recompute what a certificate says of the first 20 updates and of the last 20 of each stage.
 
     Args:
         path: certificate.json, or the directory it lies in; the ends of stages are checked where their
             stage<k>_tail.pt lie beside it.
+        start_from: the file that the run began with, where it did not begin with initial weights.
         device: where; None takes the certificate's own kind of device.
         progress: show bars, on a terminal.
     Returns:
@@ -54,7 +59,7 @@ def verify(path: str | Path, *, device: str | None = None, progress: bool = Fals
         trace = _trace_beside(path)
         past = Past(recipe, machine, {row["stage"]: row for row in certificate["data"]}, progress=progress)
         try:
-            missing = _verify_start(certificate, past, trace, done)
+            missing = _verify_start(certificate, start_from, past, trace, done)
             for stage in certificate["stages"]:
                 missing += _verify_end(path.parent, stage, past, trace, done)
         finally:
@@ -74,15 +79,21 @@ def verify(path: str | Path, *, device: str | None = None, progress: bool = Fals
     return Verdict(agrees=True, sentence=f"yes, {path} holds", lines=tuple(done))
 
 
-def _verify_start(certificate: Mapping[str, Any], past: Past, trace: Sequence[Line], done: list[str]) -> list[str]:
-    """Check the first updates; return why they cannot be."""
+def _verify_start(
+    certificate: Mapping[str, Any], file: Path | None, past: Past, trace: Sequence[Line], done: list[str]
+) -> list[str]:
+    """Check the first updates, from the file that they began with if they did; return why they cannot be."""
     start, lines = certificate["start"], certificate["first"]
-    if start["from"]:
-        return [f"the run began with the weights of {start['from'].get('file')}, which are not here"]
-    past.begin(None, [start, *trace])
+    try:
+        state = begun_with(start, file, past.recipe, certificate["environment"])
+    except ValueError as reason:
+        return [str(reason)]
+    past.begin(state)
+    past.check_begin([start, *trace])
     for found, said in zip(past.updates(lines[-1]["step"]), lines, strict=True):
         check_line(found, said, past, trace)
-    done.append(f"steps 1 to {lines[-1]['step']:,}: every value the same")
+    origin = f" from {file}" if file else ""
+    done.append(f"steps {start['step'] + 1:,} to {lines[-1]['step']:,}{origin}: every value the same")
     return []
 
 
@@ -96,7 +107,8 @@ def _verify_end(
     checkpoint = _beside(directory / f"{name}_tail.pt", stage["tail"]["step"])
     if not checkpoint:
         return [f"{name}_tail.pt is missing: the end of stage {stage['stage']} was not recomputed"]
-    past.begin(checkpoint, [{"kind": "step", **stage["tail"]}, *trace])
+    past.begin(checkpoint)
+    past.check_begin([{"kind": "step", **stage["tail"]}, *trace])
     for found, said in zip(past.updates(stage["step"]), stage["last"], strict=True):
         check_line(found, said, past, trace)
     _check_state(f"the end of stage {stage['stage']}", past.model.state_dict(), past.state(), stage)
