@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,12 +84,13 @@ _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][
 
 @dataclass(frozen=True, kw_only=True)
 class MachineCode:
-    """One kernel's machine code: (address, opcode) in order, and the spans of its loops."""
+    """One kernel's machine code: (address, opcode) in order, the spans of its loops, see also `fused_sums`."""
 
     registers: int
     stack_bytes: int
     instructions: tuple[tuple[int, str], ...]
     loops: tuple[tuple[int, int], ...]
+    fused_sums: int
     sha256: str
 
     def mix(self) -> dict[str, int]:
@@ -124,8 +125,35 @@ def read(cubin: bytes) -> MachineCode:
         stack_bytes=int(stack_bytes),
         instructions=tuple((address, opcode) for address, opcode, _ in lines),
         loops=loops,
+        fused_sums=fused_sums((opcode, rest) for _, opcode, rest in lines),
         sha256=hashlib.sha256(cubin).hexdigest(),
     )
+
+
+def fused_sums(lines: Iterable[tuple[str, str]]) -> int:
+    """Count sums over lanes into which a lane fuses its own product, while it hands on a rounded one.
+
+    Args:
+        lines: opcodes and operands, in order.
+    """
+    products: dict[str, frozenset[str]] = {}
+    others: dict[str, frozenset[str]] = {}
+    count = 0
+    for opcode, rest in lines:
+        operands = [operand.strip().removesuffix(".reuse") for operand in rest.split(",")]
+        kind, (target, *sources) = opcode.partition(".")[0], operands
+        product, other = frozenset(sources[:2]), None
+        if opcode == "SHFL.BFLY":
+            target, other = operands[1], products.get(operands[2])
+        elif kind == "FFMA":
+            count += others.get(sources[-1]) == product
+        products.pop(target, None)
+        others.pop(target, None)
+        if kind == "FMUL":
+            products[target] = product
+        elif other:
+            others[target] = other
+    return count
 
 
 def occupancy(gpu: Gpu, registers: int, warps: int, shared_bytes: int) -> tuple[int, str]:

@@ -23,12 +23,14 @@ import triton.language as tl
 from bench.gpu_process import Ended, Sheet, Workers, end_on_sigterm, end_with_parent, note, share
 from bench.gpu_repeats import cases
 
-TOOL, TOOLS = "compute-sanitizer", ("memcheck", "initcheck", "racecheck")
+TOOL = "compute-sanitizer"
+# tool -> its options; without padding what lies behind an allocation may belong to the next one
+TOOLS = {"memcheck": ("--padding", "256"), "initcheck": (), "racecheck": ()}
 # where CUDA's toolkit has it if it is not on the path
 _TOOLKIT = "/usr/local/cuda/bin"
 PLANTED = "planted"
 FOUND = 86
-_ITEMS, _SHARES, _MOST_MESSAGES = 2, 2, 5
+_ITEMS, _SHARES, _MOST_MESSAGES = 2, 4, 5
 # memory from PyTorch's cache lies inside an allocation, and others have written it
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_DISABLE_LINE_INFO": "1", "OMP_NUM_THREADS": "2"}
 _PREFIX = "========= "
@@ -72,7 +74,7 @@ def tool_path() -> str | None:
 
 
 def read_log(text: str) -> dict[str, Any]:
-    """What a log of compute-sanitizer says: how many defects, and the first of them in its words; None: no summary."""
+    """What a log of compute-sanitizer says: how many defects, None without a summary, and the first in its words."""
     # racecheck: "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
     totals = re.findall(r"SUMMARY: (\d+) (?:error|hazard)", text)
     lines = [line.removeprefix(_PREFIX).strip() for line in text.splitlines() if line.startswith(_PREFIX)]
@@ -90,7 +92,7 @@ def run_tools(sheet: Sheet, executable: str, *, device: str, select: str, second
         for tool, part in jobs:
             log = logs[f"{tool} {part}"]
             log.unlink(missing_ok=True)
-            options = ["--tool", tool, "--error-exitcode", str(FOUND), "--log-file", str(log)]
+            options = ["--tool", tool, *TOOLS[tool], "--error-exitcode", str(FOUND), "--log-file", str(log)]
             worker = [sys.executable, "-m", "bench.gpu_sanitizer", "--device", device, "--select", select]
             workers.start(f"{tool} {part}", [executable, *options, *worker, "--worker", f"{tool} {part}"], ENVIRONMENT)
         for name, heard in workers:

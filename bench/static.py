@@ -137,6 +137,8 @@ def violations(
                 yield f"{key}: spills must be at most {allowed}, got {row['spills']} LDL and STL"
             if row["atomics"]:
                 yield f"{key}: atomics are not allowed, got {row['atomics']}"
+            if row["fused_sums"]:
+                yield f"{key}: products must be rounded before lanes add them, got {row['fused_sums']} fused"
             if row["shared"] > row["shared_limit"]:
                 yield f"{key}: shared memory must be at most {row['shared_limit']} bytes, got {row['shared']}"
             if row["scalar_dots"]:
@@ -207,6 +209,7 @@ def _row(launch, arch: int, case) -> dict[str, Any]:
         "matrix": matrix,
         "scalar_dots": _scalar_dots(launch, matrix),
         "atomics": atomics,
+        "fused_sums": code.fused_sums,
         "bound_us": round(bound_us, 2),
         "bound_by": bound_by,
         "sha256": code.sha256,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from kernels.dispatch import cdiv
 from kernels.log1p_tile import softplus
-from kernels.reduce import sum_segments
+from kernels.reduce import rounded, sum_segments
 
 UNITS = 8
 # widest row of the class -> rows of a forward tile, by one warp: no sum over channels waits for another warp
@@ -102,7 +102,7 @@ def _segment_heads_bwd_kernel(
             w_ptr = weight_ptr + j * C if j < 7 else conf_weight_ptr
             dx += dr[j][:, None] * tl.load(w_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
             tl.store(partials_ptr + j * C + offs_c, tl.sum(dr[j][:, None] * x, 0), mask=offs_c < C)
-            tl.store(partials_ptr + 8 * C + j, tl.sum(dr[j], 0))
+            tl.store(partials_ptr + 8 * C + j, tl.sum(rounded(dr[j]), 0))
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     else:
         _offsets_bwd(dmid_ptr, doffsets_ptr, (segment - segments) * NUMBERS, B, N, ITEMS, NUMBERS)

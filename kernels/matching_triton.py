@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.reduce import rounded
 from kernels.sinkhorn_layout import INF, col_offsets, max_over, row_offsets, sum_over, sum_rows_of_both
 from kernels.sinkhorn_tile import AUTO, reverse_tile, solve_tile, uniform_log_masses
 
@@ -190,17 +191,17 @@ def _transport_grads(pull, delta2, facing, chord2, gap, predicted, true, weights
     """Store what `pull`, the gradient of the cost before its scale, is for mid, dir and len."""
     direction_weight, length_weight, _ = weights
     offs_n, mask_n = predicted[3], predicted[4]
-    tl.store(grads_ptr + 6 * N + offs_n, length_weight * sum_over(pull * _sign(gap), 1), mask_n)
+    tl.store(grads_ptr + 6 * N + offs_n, length_weight * sum_over(rounded(pull * _sign(gap)), 1), mask_n)
     true_len = _true_lengths(true)
     delta_pull = pull * _inverse_root(delta2)
     for axis in range(3):
         mid, true_mid = _midpoints(predicted, true, axis)
-        tl.store(grads_ptr + axis * N + offs_n, sum_over(delta_pull * (mid - true_mid), 1), mask_n)
+        tl.store(grads_ptr + axis * N + offs_n, sum_over(rounded(delta_pull * (mid - true_mid)), 1), mask_n)
     chord_pull = pull * (direction_weight * _inverse_root(chord2))
     for axis in range(3):
         along, true_along = _directions(predicted, true, axis)
         chord = along - facing * _unit(true_along, true_len)
-        tl.store(grads_ptr + (3 + axis) * N + offs_n, sum_over(chord_pull * chord, 1), mask_n)
+        tl.store(grads_ptr + (3 + axis) * N + offs_n, sum_over(rounded(chord_pull * chord), 1), mask_n)
 
 
 @triton.jit

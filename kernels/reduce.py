@@ -165,3 +165,14 @@ def _sum_segments_kernel(
         keep = (rows < S)[:, None] & mask_n[None, :]
         lanes += tl.load(partial_ptr + rows[:, None] * N + offs_n[None, :], mask=keep, other=0.0)
     tl.store(out_ptr + offs_n, tl.sum(lanes, 0), mask=mask_n)
+
+
+@triton.jit
+def rounded(x):
+    """Return a product that is to be summed as a number of its own.
+
+    In a sum over lanes each lane adds the number of another one to its own. The compiler would fuse a product with that:
+    the lane's own product would not be rounded, the other's would, and the copies of the sum would differ in bits. Of
+    copies that go through shared memory it is not defined which one arrives.
+    """
+    return x + 0.0

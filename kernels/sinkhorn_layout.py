@@ -53,16 +53,6 @@ def sum_over(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def rounded(x):
-    """Return a product as a number of its own, to be summed.
-
-    In a sum over lanes each adds the number of another one to its own. The compiler fuses a product with that: a lane's
-    own product would not be rounded, the other's would, and the copies of the sum in the lanes would differ in bits.
-    """
-    return x + 0.0
-
-
-@triton.jit
 def max_over(x, AXIS: tl.constexpr):
     """Return the maximum over all rows (0) or all columns (1)."""
     return tl.max(tl.max(x, AXIS, keep_dims=True), AXIS + 2, keep_dims=True)

@@ -17,6 +17,7 @@ the arguments are, `kernels.sinkhorn_layout` how they lie.
 import triton
 import triton.language as tl
 
+from kernels.reduce import rounded
 from kernels.sinkhorn_layout import (
     INF,
     along_rows,
@@ -30,7 +31,6 @@ from kernels.sinkhorn_layout import (
     load_form_vectors,
     load_vectors,
     max_over,
-    rounded,
     row_vector,
     store_form_vectors,
     store_vectors,
@@ -139,8 +139,9 @@ def _iterate(kernel, masses, pads, v, v_bin, history, SHIFT: tl.constexpr, SAVE:
     for t in range(history[3]):
         # u = a / (K v)
         share = _share_of_copies(v_bin)
-        u = _quotient(a, tl.sum(tl.sum(rounded(K * v), 1, keep_dims=True) + kr * share, 3, keep_dims=True) + pad_a)
-        u_bin = _quotient(a_bin, tl.sum(tl.sum(rounded(kc * v), 1, keep_dims=True) + kk * share, 3, keep_dims=True) + pad_a_bin)
+        Kv, kc_v = tl.sum(rounded(K * v), 1, keep_dims=True), tl.sum(rounded(kc * v), 1, keep_dims=True)
+        u = _quotient(a, tl.sum(Kv + kr * share, 3, keep_dims=True) + pad_a)
+        u_bin = _quotient(a_bin, tl.sum(kc_v + kk * share, 3, keep_dims=True) + pad_a_bin)
         # v = b / (K^T u)
         total, total_bin = sum_rows_of_both(rounded(K * u), rounded(kr * u))
         v = _quotient(b, total + kc * u_bin + pad_b)

@@ -19,7 +19,8 @@ and the bins likewise; they give the same result.
 import triton
 import triton.language as tl
 
-from kernels.sinkhorn_layout import INF, divide_or_zero, finite, load_vectors, max_over, rounded, store_vectors, sum_over
+from kernels.reduce import rounded
+from kernels.sinkhorn_layout import INF, divide_or_zero, finite, load_vectors, max_over, store_vectors, sum_over
 from kernels.sinkhorn_scaling import may_scale, reverse_scaling, solve_scaling
 
 AUTO = tl.constexpr(0)
@@ -115,7 +116,7 @@ def _reverse_log(G, Gr, Gc, bordered, masses, history):
     u, u_bin, v, v_bin = load_vectors(history, T, masses)
     # dZ = G P;  gu, gv: its row and column sums
     E, Er, Ec, _ = _plan(bordered, u, u_bin, v, v_bin)
-    dZ, dZr, dZc = G * E, Gr * Er, Gc * Ec
+    dZ, dZr, dZc = rounded(G * E), rounded(Gr * Er), rounded(Gc * Ec)
     gu, gu_bin = sum_over(dZ, 1) + dZr, sum_over(dZc, 1)
     gv, gv_bin = sum_over(dZ, 0) + dZc, sum_over(dZr, 0)
     dz = gu_bin + gv_bin

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from bench.static_cases import Case
+from kernels.reduce import rounded
 
 SPILLS_ALLOWED = {}
 
@@ -29,6 +30,15 @@ def _spill_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
 @triton.jit
 def _atomic_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
     tl.atomic_add(out_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, SIZE)), axis=0))
+
+
+@triton.jit
+def _fused_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, ROUNDED: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    product = tl.load(x_ptr + offs) * tl.load(out_ptr + offs)
+    if ROUNDED:
+        product = rounded(product)
+    tl.store(out_ptr + offs, tl.sum(product, axis=0))
 
 
 @triton.jit
@@ -64,6 +74,8 @@ CASES = (
     Case(operator="clean", name="dot", run=lambda: _clean_kernel[(1,)](*_memory(), SIZE=64)),
     Case(operator="spill", name="tile", run=lambda: _spill_kernel[(1,)](*_memory(), SIZE=128, num_warps=2)),
     Case(operator="atomic", name="sum", run=lambda: _atomic_kernel[(4,)](*_memory(), SIZE=64)),
+    Case(operator="fused", name="sum", run=lambda: _fused_kernel[(1,)](*_memory(), SIZE=128, ROUNDED=False)),
+    Case(operator="rounded", name="sum", run=lambda: _fused_kernel[(1,)](*_memory(), SIZE=128, ROUNDED=True)),
     Case(operator="scalar_dot", name="float64", run=lambda: _scalar_dot_kernel[(1,)](*_memory(), SIZE=16)),
     Case(
         operator="greedy",

@@ -2,12 +2,12 @@
 
 import pytest
 
-from bench.cubin import GPUS, MachineCode, occupancy, time_bound_us
+from bench.cubin import GPUS, MachineCode, fused_sums, occupancy, time_bound_us
 
 
 def code(*opcodes: str, loops: tuple[tuple[int, int], ...] = ()) -> MachineCode:
     instructions = tuple((16 * number, opcode) for number, opcode in enumerate(opcodes))
-    return MachineCode(registers=32, stack_bytes=0, instructions=instructions, loops=loops, sha256="")
+    return MachineCode(registers=32, stack_bytes=0, instructions=instructions, loops=loops, fused_sums=0, sha256="")
 
 
 @pytest.mark.parametrize(
@@ -108,3 +108,23 @@ def test_the_busiest_multiprocessor_and_scheduler_bound_the_time():
 )
 def test_a_unit_takes_its_cycles(opcode, cycles, unit):
     assert bound(opcode) == (pytest.approx(cycles / (1.83 * 1e3)), unit)
+
+
+PRODUCT = ("FMUL", "R4, R2, R3.reuse")
+SHUFFLE = ("SHFL.BFLY", "PT, R5, R4, 0x10, 0x1f")
+
+
+@pytest.mark.parametrize(
+    ("lines", "count"),
+    [
+        ([PRODUCT, SHUFFLE, ("FFMA", "R6, R2.reuse, R3, R5")], 1),
+        ([PRODUCT, SHUFFLE, ("FFMA", "R6, R3, R2, R5")], 1),
+        ([PRODUCT, SHUFFLE, ("FADD", "R6, R4, R5")], 0),
+        ([PRODUCT, SHUFFLE, ("FFMA", "R6, R7, R3, R5")], 0),
+        ([PRODUCT, SHUFFLE, ("MOV", "R5, RZ"), ("FFMA", "R6, R2, R3, R5")], 0),
+        ([("FFMA", "R4, R2, R3, RZ"), SHUFFLE, ("FADD", "R6, R4, R5")], 0),
+        ([PRODUCT, ("FADD", "R4, R4, R9"), SHUFFLE, ("FFMA", "R6, R2, R3, R5")], 0),
+    ],
+)
+def test_a_product_that_a_lane_adds_unrounded_to_that_of_another_is_counted(lines, count):
+    assert fused_sums(lines) == count

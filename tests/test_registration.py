@@ -96,7 +96,7 @@ def _refused(*arguments: Any, **named: Any):
 def _differentiate(outputs, inputs) -> list[torch.Tensor]:
     """The outputs, and the gradients of their sums weighted by their place."""
     floats = [x for x in outputs if x.requires_grad]
-    total = sum(((x * torch.arange(1, x.numel() + 1).view(x.shape)).sum() for x in floats), torch.zeros(()))
+    total = sum(((x * torch.arange(1, x.numel() + 1, device=x.device).view(x.shape)).sum() for x in floats), torch.zeros(()))
     return [*outputs, *torch.autograd.grad(total, inputs)]
 
 

@@ -31,6 +31,7 @@ def planted() -> subprocess.CompletedProcess:
     [
         r"spill/tile/sm_90/_spill_kernel: spills must be at most 0, got \d+ LDL and STL",
         r"atomic/sum/sm_90/_atomic_kernel: atomics are not allowed, got {'(ATOMG|RED)\S*': 1}",
+        r"fused/sum/sm_90/_fused_kernel: products must be rounded before lanes add them, got 1 fused",
         r"greedy/stages/sm_90/_greedy_kernel: shared memory must be at most 232448 bytes, got \d+",
         r"missing/raises/sm_90: must compile: NotImplementedError: this operator has no kernel yet",
         r"eager/nothing/sm_90: must compile: launched no kernel",
@@ -46,7 +47,7 @@ def test_a_clean_kernel_passes_and_has_the_same_machine_code_in_another_process_
     assert clean.returncode == 0, clean.stdout + clean.stderr
     rows = [re.search(r"^sm_90 +_clean_kernel .* ([0-9a-f]{12})$", run.stdout, re.M) for run in (planted, clean)]
     assert rows[0][0] == rows[1][0]
-    assert "REFUSED clean" not in planted.stdout
+    assert "REFUSED clean" not in planted.stdout and "REFUSED rounded" not in planted.stdout
 
 
 @pytest.mark.skipif(
@@ -75,7 +76,7 @@ def test_an_unknown_operator_is_refused_by_name(monkeypatch, capsys):
 
 
 ROW = {
-    "kernel": "_kernel", "registers": 100, "instructions": 1000, "spills": 0, "atomics": {}, "shared": 0,
+    "kernel": "_kernel", "registers": 100, "instructions": 1000, "spills": 0, "atomics": {}, "fused_sums": 0, "shared": 0,
     "shared_limit": 1, "scalar_dots": [], "sha256": "0",
 }  # fmt: skip
 KEY = "op/case/sm_90/_kernel"
