@@ -22,7 +22,10 @@ RACECHECK = """========= COMPUTE-SANITIZER
 """
 # stands for the tool: runs what it watches, and finds what the test wants it to find
 STANDIN = """#!/bin/sh
-while :; do case $1 in --log-file) log=$2;; --error-exitcode) code=$2;; --tool | --padding) ;; *) break;; esac; shift 2; done
+while :; do
+    case $1 in --log-file) log=$2;; --error-exitcode) code=$2;; --tool | --padding) ;; *) break;; esac
+    shift 2
+done
 case "$*" in *planted*) n=1;; *) n=0; "$@" || exit;; esac
 echo "========= ERROR SUMMARY: $n errors" > "$log"
 [ "$n" = 0 ] || exit "$code"

@@ -96,7 +96,8 @@ def _refused(*arguments: Any, **named: Any):
 def _differentiate(outputs, inputs) -> list[torch.Tensor]:
     """The outputs, and the gradients of their sums weighted by their place."""
     floats = [x for x in outputs if x.requires_grad]
-    total = sum(((x * torch.arange(1, x.numel() + 1, device=x.device).view(x.shape)).sum() for x in floats), torch.zeros(()))
+    weights = [torch.arange(1, x.numel() + 1, device=x.device).view(x.shape) for x in floats]
+    total = sum(((x * w).sum() for x, w in zip(floats, weights, strict=True)), torch.zeros(()))
     return [*outputs, *torch.autograd.grad(total, inputs)]
 
 
