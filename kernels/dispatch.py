@@ -101,6 +101,9 @@ def values_are_readable(tensor: torch.Tensor) -> bool:
     """Whether an operator may look at the values of `tensor` to refuse bad ones: on a GPU that would wait for it."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
+    # one tensor of a vmap is many, of which none can be asked
+    if torch._C._are_functorch_transforms_active():
+        return False
     if tensor.is_cpu and not _stands_for_gpu():
         return True
     return os.environ.get("KERNELS_CHECK") == "1" and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -1,6 +1,7 @@
 """Sinkhorn problems of every kind, and how the tests solve and differentiate them."""
 
 import torch
+from torch.nn.functional import pad
 
 from kernels.sinkhorn import Transport, sinkhorn, sinkhorn_reference
 
@@ -27,6 +28,15 @@ def problem(kind: str, *, B: int = 3, N: int = 9, M: int = 13, scale: float = 3.
     if kind == "minimal":
         arguments["slack"] = "minimal"
     return arguments
+
+
+def with_weightless(arguments: dict, *, rows: int, cols: int) -> dict:
+    """Return a problem of weights with more rows and columns, of no mass and of cost NaN."""
+    return arguments | {
+        "cost_BNM": pad(arguments["cost_BNM"], (0, cols, 0, rows), value=torch.nan),
+        "log_a_BN": pad(arguments["log_a_BN"], (0, rows), value=-torch.inf),
+        "log_b_BM": pad(arguments["log_b_BM"], (0, cols), value=-torch.inf),
+    }
 
 
 def balanced(N: int, M: int, seed: int) -> dict:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from kernels.dispatch import as_count, as_number, cdiv, family, next_power_of_2, resolve, values_are_readable
+from kernels.sinkhorn import sinkhorn
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -54,6 +55,19 @@ def test_values_are_read_on_the_cpu_and_never_from_a_tensor_without_any():
     assert not values_are_readable(torch.zeros(1, device="meta"))
     with FakeTensorMode():
         assert not values_are_readable(torch.zeros(1))
+
+
+def test_counts_and_weights_may_be_those_of_a_vmap():
+    """As on a GPU, where nobody reads them."""
+
+    def plans(cost_BNM, rows_B, log_a_BN):
+        counted = sinkhorn(cost_BNM, rows_B=rows_B, eps=0.3, iterations=2, dustbin=0.2).plan_BNM
+        return counted, sinkhorn(cost_BNM, log_a_BN=log_a_BN, eps=0.3, iterations=2).plan_BNM
+
+    inputs = torch.rand(2, 3, 4, 5), torch.tensor([[4, 0, 2], [1, 3, 4]]), torch.rand(2, 3, 4).log_softmax(2)
+    found = torch.func.vmap(plans)(*inputs)
+    expected = zip(*(plans(*(x[i] for x in inputs)) for i in range(2)), strict=True)
+    assert all(torch.equal(x, torch.stack(y)) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("value", [2, 0.5, np.float32(0.1), np.float64(0.1), np.int64(2)])

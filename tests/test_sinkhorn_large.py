@@ -14,6 +14,7 @@ from tests.sinkhorn_problems import (
     differentiate,
     problem,
     truth_and_eager,
+    with_weightless,
 )
 
 SETTINGS = {"eps": 0.4, "iterations": 2}
@@ -86,6 +87,19 @@ def test_an_item_has_the_same_bits_alone_and_padded(no_tiles, device):
         for actual, expected in zip(found[:-1], together[:-1], strict=True):
             inside = tuple(slice(size) for size in expected[:1].shape)
             assert torch.equal(actual[inside], expected[:1])
+
+
+@pytest.mark.parametrize("kind", ["weights", "weights_with_dustbin"])
+def test_more_rows_and_columns_without_mass_change_no_bit(kind, no_tiles, device):
+    def solve(arguments):
+        arguments = cast(arguments, torch.float32, device)
+        transport = sinkhorn(**arguments, **SETTINGS, impl="triton")
+        leaves = [arguments[name] for name in ("cost_BNM", "log_a_BN", "log_b_BM")]
+        return *transport, *torch.autograd.grad(sum(x.square().sum() for x in transport), leaves)
+
+    arguments = problem(kind, B=2, N=14, M=30)
+    for found, expected in zip(solve(with_weightless(arguments, rows=21, cols=7)), solve(arguments), strict=True):
+        assert torch.equal(found[tuple(slice(size) for size in expected.shape)], expected)
 
 
 @pytest.mark.parametrize("kind", ["full", "balanced"])

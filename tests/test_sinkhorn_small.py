@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.sinkhorn import Transport, sinkhorn
-from tests.sinkhorn_problems import cast, differentiate, problem
+from tests.sinkhorn_problems import cast, differentiate, problem, with_weightless
 
 KINDS = ("full", "minimal", "weights")
 SETTINGS = {"eps": 0.4, "iterations": 3, "impl": "triton"}
@@ -52,6 +52,15 @@ def test_more_padding_inside_a_tile_changes_no_bit(kind, more, device):
     cost = torch.nn.functional.pad(arguments["cost_BNM"], (0, more[0], 0, more[1]), value=torch.nan)
     padded = arguments | {"cost_BNM": cost}
     expected, found = _solve(arguments, device), _solve(padded, device)
+    for name in expected:
+        inside = tuple(slice(size) for size in expected[name].shape)
+        assert torch.equal(found[name][inside], expected[name])
+
+
+@pytest.mark.parametrize("kind", ["weights", "weights_with_dustbin"])
+def test_more_rows_and_columns_without_mass_change_no_bit(kind, device):
+    arguments = problem(kind)
+    expected, found = _solve(arguments, device), _solve(with_weightless(arguments, rows=51, cols=33), device)
     for name in expected:
         inside = tuple(slice(size) for size in expected[name].shape)
         assert torch.equal(found[name][inside], expected[name])
