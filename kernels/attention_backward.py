@@ -83,7 +83,7 @@ def _attention_dq_kernel(
     do = load_rows(do_ptr + b * stride_do[0] + h * stride_do[1], stride_do[2], t, in_T, BLOCK_T, D)
     o = load_rows(o_ptr + b * stride_o[0] + h * stride_o[1], stride_o[2], t, in_T, BLOCK_T, D)
     # delta = <do, o>
-    delta = tl.sum(rounded(do.to(tl.float32) * o.to(tl.float32)), 1)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta_ptr + row, delta, mask=in_T)
     tau = tl.exp(tl.load(log_scale_ptr + h).to(tl.float32))
     rq = tl.load(rq_ptr + row, mask=in_T, other=0.0)
@@ -111,7 +111,7 @@ def _attention_dq_kernel(
     # dot = <rq q, tau dqh>,  dq = rq (tau dqh - [|q| >= eps] rq q dot)
     dqh *= tau
     unit = q.to(tl.float32) * rq[:, None]
-    dot = tl.sum(unit * dqh, 1)
+    dot = tl.sum(rounded(unit * dqh), 1)
     block = b * tl.cdiv(T, BLOCK_T) + t // BLOCK_T
     tl.store(dlog_scale_ptr + block * H + h, tl.sum(dot, 0))
     inside = tl.where(rq < SHORT, dot, 0.0)
