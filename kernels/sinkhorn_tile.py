@@ -116,9 +116,9 @@ def _reverse_log(G, Gr, Gc, bordered, masses, history):
     u, u_bin, v, v_bin = load_vectors(history, T, masses)
     # dZ = G P;  gu, gv: its row and column sums
     E, Er, Ec, _ = _plan(bordered, u, u_bin, v, v_bin)
-    dZ, dZr, dZc = rounded(G * E), rounded(Gr * Er), rounded(Gc * Ec)
-    gu, gu_bin = sum_over(dZ, 1) + dZr, sum_over(dZc, 1)
-    gv, gv_bin = sum_over(dZ, 0) + dZc, sum_over(dZr, 0)
+    dZ, dZr, dZc = G * E, Gr * Er, Gc * Ec
+    gu, gu_bin = sum_over(rounded(dZ), 1) + dZr, sum_over(rounded(dZc), 1)
+    gv, gv_bin = sum_over(rounded(dZ), 0) + dZc, sum_over(rounded(dZr), 0)
     dz = gu_bin + gv_bin
     da, da_bin, db, db_bin = tl.zeros_like(u), tl.zeros_like(u_bin), tl.zeros_like(v), tl.zeros_like(v_bin)
     for i in range(T):
