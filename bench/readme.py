@@ -9,8 +9,9 @@ They stand between marks:
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from bench.peers import OURS
 from bench.results import RESULTS, Case, Results, measured, read_results
@@ -116,8 +117,9 @@ def gpu_summary(results: Path) -> str:
     parts = []
     for device, found in _measured_gpus(results):
         shown = [row for row in found["targets"] if re.match(_SHOWN, row["name"])]
-        met = sum(row["met"] is True for row in found["targets"])
-        told = f"Of all {len(found['targets'])} targets {met} are met."
+        verdicts = [_verdict(row) for row in found["targets"]]
+        told = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+        told = f"Of all {len(verdicts)} targets: {told}."
         parts.append("\n".join([*_targets(device, found, shown), "", told, *_bits(found)]))
     return "\n\n".join(parts) or "No GPU has been measured yet."
 
@@ -161,22 +163,34 @@ def _bits(found: Results) -> list[str]:
         what = f"{fresh['results']} results and the machine code of {fresh['kernels']} kernels"
         told.append(f"{fresh['processes']} processes with cold caches compared {what}: {moved} differ.")
     if train and train["same_bits"] is not None:
-        same = "the same bytes" if train["same_bits"] else "other bytes"
-        updates = [f"{n:,}" for n in train["updates"]]
-        what = f"Three stages of {', '.join(updates[:-1])} and {updates[-1]} updates on {train['scenes']:,} roofs"
-        dev = train["dev_scores"]
-        scores = ", ".join(f"{score:.3f}" for score in dev["hss"])
-        after = f"; HSS after each on {dev['scenes']} other roofs: {scores}" if scores else ""
-        beside = ", ".join(f"{name.replace('_', ' ')} {score:.3f}" for name, score in dev.get("yardsticks", {}).items())
-        told.append(f"{what}, trained twice: {same}{after}{f' ({beside})' if beside else ''}.")
+        told.append(_training(train))
     return ["", " ".join(told)] if told else []
+
+
+def _training(train: Mapping[str, Any]) -> str:
+    updates, dev = [f"{n:,}" for n in train["updates"]], train["dev_scores"]
+    what = f"Three stages of {', '.join(updates[:-1])} and {updates[-1]} updates on {train['scenes']:,} roofs"
+    twice = "trained twice"
+    if train.get("killed_after"):
+        twice += f", the second time killed after update {train['killed_after']:,}"
+        twice += f" and resumed from {train['resumed_from']:,}"
+    same = "the same bytes" if train["same_bits"] else "other bytes"
+    scores = ", ".join(f"{score:.3f}" for score in dev["hss"])
+    after = f"; HSS after each on {dev['scenes']} other roofs: {scores}" if scores else ""
+    beside = ", ".join(f"{name.replace('_', ' ')} {score:.3f}" for name, score in dev.get("yardsticks", {}).items())
+    return f"{what}, {twice}: {same}{after}{f' ({beside})' if beside else ''}."
 
 
 def _target(row: Case) -> str:
     bound = f"{'at least' if row['least'] else 'at most'} {row['target']:g} {row['unit']}".rstrip()
+    found = "" if row["measured"] is None else f"{row['measured']:.3g} {row['unit']}".rstrip()
+    return f"| {row['name']} | {bound} | {found} | {_verdict(row)} |"
+
+
+def _verdict(row: Case) -> str:
     if row["measured"] is None:
-        return f"| {row['name']} | {bound} | not measured | |"
-    return f"| {row['name']} | {bound} | {row['measured']:.3g} {row['unit']} | {'met' if row['met'] else 'missed'} |"
+        return "not measured"
+    return "noise" if row.get("noise") else "met" if row["met"] else "missed"
 
 
 REGIONS: dict[str, Callable[[Path], str]] = {
