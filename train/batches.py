@@ -21,14 +21,22 @@ def stage_data(recipe: Recipe, number: int, *, progress: bool = False) -> StageD
     )
 
 
-def check_batches(recipe: Recipe, step: int) -> None:
-    """Check that every stage that ends after update `step` has the rows that its batch takes, before it is trained.
+def check_stages(recipe: Recipe, step: int) -> None:
+    """Check every stage that ends after update `step`, before it is trained: it learns to its end, and has rows.
 
     Raises:
-        ValueError: names the stage's batch.
+        ValueError: a stage's cooldown ends before it, or it has fewer rows than its batch takes; names the values.
         SourceError: see `count_train_rows`.
     """
     ahead = {i: stage for i, stage in enumerate(recipe.stages) if stage.until > step}
+    for i, stage in ahead.items():
+        cooled = stage.cooldown_start + stage.cooldown_steps
+        if stage.cooldown_steps and cooled < stage.until:
+            raise ValueError(
+                f"stages.{i}.until is {stage.until}, but cooldown_start + cooldown_steps, {stage.cooldown_start} + "
+                f"{stage.cooldown_steps}, is {cooled}: from there on its learning rate is 0. To cool down at its end "
+                f"add --stages.{i}.cooldown-start {stage.until - stage.cooldown_steps}"
+            )
     sets = dict.fromkeys(stage.data for stage in ahead.values())
     rows = {uri: count_train_rows(uri, **_kept_out(recipe)) for uri in sets}
     for i, stage in ahead.items():
