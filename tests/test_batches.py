@@ -1,6 +1,7 @@
 """The rows of an update are a function of recipe, data and step."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from tests.tiny_runs import tiny_recipe, train_quietly
 from train.batches import StageBatches, check_stages, stage_data
 from train.config import load_recipe
 from train.data import count_train_rows
+from train.roofs import generate_scenes
+from train.sources import SourceError, write_npz
 from train.starting_point import LoadedModel, StartPoint
 
 
@@ -83,6 +86,19 @@ def test_a_stage_whose_cooldown_ends_before_it_is_refused_with_the_flag_that_hel
 def test_the_recipes_of_the_repository_learn_to_the_end_of_every_stage(name, monkeypatch):
     monkeypatch.setattr(train.batches, "count_train_rows", lambda _uri, **_kwargs: 4096)
     check_stages(load_recipe(name), 0)
+
+
+def test_a_row_that_does_not_fit_is_named_with_its_stage_and_source(tmp_path):
+    write_npz(
+        (s for points in (64, 128) for s in generate_scenes(2, seed=points, points=points, setting="easy")),
+        tmp_path / "set",
+    )
+    uri = f"npz:{tmp_path / 'set'}?dev=3"
+    reason = (
+        rf"^stages\.2\.data, {re.escape(uri)}: row '.*': field 'xyz_norm' must have 128 points as the others, has 64"
+    )
+    with pytest.raises(SourceError, match=reason):
+        stage_data(with_last(data=uri), 3)
 
 
 def test_rows_are_gathered_in_the_form_that_is_asked_for():

@@ -4,21 +4,24 @@ from typing import Any
 
 import torch
 
-from perceiver.scene import SceneBatch
+from perceiver.scene import RowError, SceneBatch
 from train.config import ROOT, Recipe
 from train.data import StageData, count_train_rows, load_stage_data
 from train.order import batch_indices, batches_per_epoch, epoch_order
+from train.sources import SourceError
 
 
 def stage_data(recipe: Recipe, number: int, *, progress: bool = False) -> StageData:
     """Load the rows of stage `number`, counted from 1.
 
     Raises:
-        SourceError, RowError: see `load_stage_data`.
+        SourceError: see `load_stage_data`; or a row cannot be used, and which of which stage.
     """
-    return load_stage_data(
-        recipe.stages[number - 1].data, strict=recipe.data.strict, progress=progress, **_kept_out(recipe)
-    )
+    uri = recipe.stages[number - 1].data
+    try:
+        return load_stage_data(uri, strict=recipe.data.strict, progress=progress, **_kept_out(recipe))
+    except RowError as error:
+        raise SourceError(f"stages.{number - 1}.data, {uri}: {error}") from error
 
 
 def check_stages(recipe: Recipe, step: int) -> None:
