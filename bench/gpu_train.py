@@ -55,7 +55,8 @@ def short_recipe(share: float, scenes: int) -> Recipe:
             until=scaled(stage.until),
             warmup=scaled(stage.warmup),
             cooldown_start=scaled(stage.cooldown_start),
-            cooldown_steps=scaled(stage.cooldown_steps),
+            # the end of a cooldown is rounded as that of its stage
+            cooldown_steps=scaled(stage.cooldown_start + stage.cooldown_steps) - scaled(stage.cooldown_start),
         )
         for stage, points in zip(recipe.stages, (2048, 4096, 4096), strict=True)
     )

@@ -130,7 +130,9 @@ def decode_scene(order_id: str, data: bytes, *, truth: bool = True) -> Scene:
             arrays = {name: archive[name] for name in archive.files if name in _SCHEMA}
     # damaged bytes make zipfile and numpy raise almost anything; whatever it is, the row is at fault
     except Exception as error:
-        raise RowError(order_id, "data", f"is not a readable .npz ({error})") from error
+        # of other files NumPy says how to load them all the same, which is unsafe
+        reason = error if data.startswith(b"PK\3\4") else "it is no zip archive"
+        raise RowError(order_id, "data", f"is not a readable .npz ({reason})") from error
     required = _SCHEMA.keys() - _OPTIONAL
     if not truth:
         required -= _TRUTH

@@ -148,6 +148,17 @@ def test_scores_of_another_source_are_not_written_over(runs, tmp_path, capsys):
     assert "does not say which set it is: add #dev, or --set" in capsys.readouterr().err
 
 
+def test_which_set_it_is_can_be_said_in_one_step(runs, tmp_path, capsys):
+    write_npz(generate_scenes(1, seed=5, points=128, setting="easy"), tmp_path / "set")
+    evaluate = ["evaluate", str(runs / "tiny"), "--device", "cpu", "--threads", "1", "--out", str(tmp_path / "out")]
+    assert main([*evaluate, "--data", "npz:/nowhere"]) == 1
+    assert capsys.readouterr().err == "train evaluate: npz:/nowhere: there is no directory /nowhere\n"
+    data = [*evaluate, "--data", f"npz:{tmp_path / 'set'}"]
+    assert main(data) == 1
+    assert capsys.readouterr().err.endswith("set it is: add --set dev, validation or test\n")
+    assert main([*data, "--set", "dev", "--workers", "1"]) == 0
+
+
 def test_a_finished_model_is_scored_from_another_confidence_on(runs, tmp_path, capsys):
     write_npz(generate_scenes(2, seed=5, points=128, setting="easy"), tmp_path / "set")
     evaluate = ["evaluate", str(runs / "tiny"), "--data", f"npz:{tmp_path / 'set'}", "--set", "dev"]
@@ -198,12 +209,18 @@ def test_every_row_of_a_set_is_answered_whatever_can_be_read(runs, tmp_path, cap
         assert ("train predict: no row could be read" in printed.err) == bool(code)
 
 
-def test_where_answers_cannot_go_is_said_before_they_are_made(runs, tmp_path, capsys):
-    predict = ["predict", str(runs / "tiny"), "--data", "npz:nowhere", "--device", "cpu", "--threads", "1"]
+def test_where_answers_or_scores_cannot_go_is_said_before_they_are_made(runs, tmp_path, capsys):
+    common = [str(runs / "tiny"), "--data", "npz:nowhere", "--device", "cpu", "--threads", "1"]
     (tmp_path / "file").write_text("")
-    for out, message in ((tmp_path, "is a directory; name a file"), (tmp_path / "file" / "out.json", "File exists")):
-        assert main([*predict, "--out", str(out)]) == 1
+    # root may write where the rights forbid it, but not where the system does
+    refused = [("file", "File exists"), ("file/more", "Not a directory"), ("/proc/out", "No such file")]
+    for out, message in (("", "is a directory; name a file"), *((f"{out}/x", message) for out, message in refused)):
+        assert main(["predict", *common, "--out", str(tmp_path / out)]) == 1
         assert message in capsys.readouterr().err
+    for out, message in refused:
+        assert main(["evaluate", *common, "--set", "dev", "--out", str(tmp_path / out)]) == 1
+        error = capsys.readouterr().err
+        assert f"{tmp_path / out} cannot be written: {message}" in error and "with --out" in error
 
 
 def test_scores_of_a_later_step_are_not_written_over(runs, tmp_path, capsys):
@@ -260,6 +277,7 @@ def test_an_unknown_value_of_the_recipe_is_refused(capsys):
     errors = capsys.readouterr().err
     assert "--stages.0.lr" in errors
     assert errors.endswith("train run: --help-recipe lists the recipe's values, --help the other flags\n")
+    assert "For full helptext" not in errors
 
 
 @pytest.mark.parametrize(

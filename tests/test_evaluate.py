@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import train.evaluate
 from perceiver.model import Perceiver, PerceiverConfig, Segments
 from perceiver.scene import Scene, SceneBatch
 from perceiver.score import Job, ScorePool, summarize
@@ -212,6 +213,18 @@ def test_the_command_prints_and_writes_what_it_measured(scenes, clusters, tmp_pa
     assert [line.split("  ")[0] for line in printed[1:4]] == ["model", "truth through postprocessing", "label clusters"]
     assert printed[1].split()[1] == f"{evaluation.summary['hss_mean']:.4f}"
     assert printed[4].startswith("written to ")
+
+
+def test_the_scores_of_the_model_are_printed_before_the_yardsticks_are_measured(scenes, tmp_path, monkeypatch, capsys):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.evaluate, "measure_yardsticks", interrupted)
+    how = {"set_name": "dev", "source": "npz:gables", "machine": CPU, "batch": 8, "postprocess": SETTINGS, "workers": 1}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_command(Oracle(), scenes[:1], run_dir=tmp_path, **how)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and printed[0].startswith("dev, 1 scene  ") and printed[1].startswith("model ")
 
 
 def test_another_set_is_refused(scenes, pool, tmp_path):

@@ -17,6 +17,9 @@ def test_the_short_recipe_has_all_stages_and_the_confidences_of_the_demo():
     assert (first.warmup, last.cooldown_start, last.cooldown_steps) == (200, 3000, 400)
     assert [stage.batch for stage in recipe.stages] == [32, 64, 64] and recipe.checkpoint_every == 833
     assert (recipe.loss.conf_target, recipe.postprocess.confidence) == ("partner", 0.25) and last.endpoint_weight > 0
+    # of 150,000 + 20,000 updates: 160.5 and 21.4 rounded are 181, 181.9 is 182
+    last = gpu_train.short_recipe(share=0.00107, scenes=64).stages[-1]
+    assert last.cooldown_start + last.cooldown_steps == last.until
     with pytest.raises(ValueError, match="until must be at least 1, got 0"):
         gpu_train.short_recipe(share=0, scenes=64)
     runs = [{"files": {"a": "1"}, "weights": ["w"]}, {"files": {"a": "1"}, "weights": ["v"]}]

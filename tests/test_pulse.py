@@ -1,18 +1,28 @@
 """What stops a run, and what does not yet."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 import train.graph
+import train.loop
 import train.pulse
 from kernels.loss_terms import Loss
 from perceiver.model import Perceiver
 from tests.small_models import SMALL
 from tests.tiny_runs import tiny_recipe, train_quietly
 from train.checkpoint import load_checkpoint
-from train.pulse import FIRST_STEPS, RunDiverged, require_finite, require_matching, require_temperature, temperature
+from train.pulse import (
+    FIRST_STEPS,
+    MIN_TEMPERATURE,
+    RunDiverged,
+    require_finite,
+    require_matching,
+    require_temperatures,
+    temperatures,
+)
 from train.step import StepResult, advance
 
 NAN = float("nan")
@@ -36,15 +46,19 @@ def test_a_weight_that_is_not_finite_is_refused_by_name():
     require_finite(7, result(), weights | {"b": torch.ones(2)})
 
 
-def test_the_temperature_is_the_largest_of_all_heads():
+def test_the_temperatures_are_the_smallest_and_the_largest_of_all_heads():
     model = Perceiver(SMALL)
     scales = [p for name, p in model.named_parameters() if name.endswith("log_scale")]
     with torch.no_grad():
-        scales[-1][0] = 3.0
-    assert temperature(model) == pytest.approx(20.0855, abs=1e-3)
-    require_temperature(4, 55.0)
-    with pytest.raises(RunDiverged, match=r"step 4: a temperature reached 55\.1, the kernels stop at 60"):
-        require_temperature(4, 55.1)
+        scales[-1][0], scales[0][1] = 3.0, -2.0
+    assert temperatures(model) == pytest.approx((0.135335, 20.0855), abs=1e-3)
+    require_temperatures(4, MIN_TEMPERATURE, 55.0)
+    with pytest.raises(RunDiverged, match=r"step 4: a temperature reached 55\.1, the kernels stop at 60; lower the"):
+        require_temperatures(4, 1.0, 55.1)
+    with pytest.raises(
+        RunDiverged, match=r"step 4: a temperature fell to 1e-24, the kernels stop at exp\(-60\); lower"
+    ):
+        require_temperatures(4, 1e-24, 1.0)
 
 
 def test_a_loss_can_only_collapse_after_the_warm_up_and_the_first_steps():
@@ -101,6 +115,10 @@ def to_a_high_temperature(model):
     next(p for name, p in model.named_parameters() if name.endswith("log_scale")).fill_(6.0)
 
 
+def to_a_low_temperature(model):
+    next(p for name, p in model.named_parameters() if name.endswith("log_scale")).fill_(-1e6)
+
+
 @pytest.mark.parametrize(
     ("step", "spoil", "reason"),
     [
@@ -108,7 +126,8 @@ def to_a_high_temperature(model):
         (5, to_nan, r"step 6: the loss or its gradient is not finite; lower the learning rate"),
         (8, to_nan, r"step 8: .* not finite"),
         (4, to_a_high_temperature, "step 4: a temperature reached 403"),
-        (5, to_a_high_temperature, "step 5: a temperature reached 403"),
+        (5, to_a_high_temperature, "^stage 1, step 5: a temperature reached 403"),
+        (9, to_a_low_temperature, "^stage 2, step 9: a temperature fell to 0, .*; lower the learning rate$"),
     ],
 )
 def test_what_cannot_be_gone_on_from_is_named_with_its_step_and_never_saved(tmp_path, monkeypatch, step, spoil, reason):
@@ -141,3 +160,11 @@ def test_a_temperature_out_of_range_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train.pulse, "MAX_TEMPERATURE", 3.0)
     with pytest.raises(RunDiverged, match="a temperature reached 4"):
         train_quietly(tiny_recipe(), tmp_path / "run")
+
+
+def test_a_loss_that_collapsed_to_nothing_is_logged(tmp_path, monkeypatch):
+    # as with a learning rate of 1: no row finds a partner, and no confidence says so
+    monkeypatch.setattr(train.loop, "mean_loss", lambda *_args, **_kwargs: 0.0)
+    assert train_quietly(tiny_recipe(), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["ratio"] for line in lines if line["kind"] == "eval"} == {None}

@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def longer_recipe() -> Recipe:
     """Long enough to be killed in the middle; without learning much."""
     *stages, last = tiny_recipe().stages
-    return tiny_recipe(stages=(*stages, dataclasses.replace(last, until=120, warmup=200)), log_every=3)
+    last = dataclasses.replace(last, until=120, warmup=200, cooldown_start=116)
+    return tiny_recipe(stages=(*stages, last), log_every=3)
 
 
 def command(runs: Path, name: str) -> list[str]:

@@ -85,7 +85,7 @@ def test_encoding_is_uncompressed():
     ("data", "field", "reason"),
     [
         (b"", "data", "not a readable .npz"),
-        (b"hello", "data", "not a readable .npz"),
+        (b"hello", "data", r"is not a readable .npz \(it is no zip archive\)$"),
         (b"\x93NUMPY", "data", "not a readable .npz"),
         (npz({"mask": np.ones(3, bool)}), "xyz_norm", "is missing"),
         (npz({**fields_of(random_scene("a")), "class_id": np.array([{}], dtype=object)}), "data", "not a readable"),

@@ -166,6 +166,18 @@ def test_set_no_larger_than_its_dev_part_is_refused(part):
     assert rows.span("all") == range(3)
 
 
+def test_all_rows_are_advised_only_where_they_can_be_taken():
+    uri = SourceUri.parse("npz:x")
+    one = {"order_ids": ["a"], "task": lambda i, truth: None, "made_of": str}
+    with pytest.raises(
+        SourceError, match=r"has 1 row, no more than its dev part of 1024; .*\(\?dev=\.\.\.\) or take all rows \(#all;"
+    ):
+        Rows(uri=uri.with_part("dev"), **one).span("dev")
+    # a stage, which does not take #all
+    with pytest.raises(SourceError, match=r"choose a smaller one \(\?dev=\.\.\.\)$"):
+        Rows(uri=uri, **one).span("dev")
+
+
 @pytest.mark.parametrize("kind", ["npz", "parquet"])
 def test_missing_directory_is_named(kind, tmp_path):
     with pytest.raises(SourceError, match=f"{kind}:.*there is no directory .*nowhere"):

@@ -25,8 +25,8 @@ def flip_one_bit(path):
 
 
 def checked(verdict):
-    """What was checked, without the note that the sources were edited since."""
-    return tuple(line for line in verdict.lines if not line.startswith("note: the code here"))
+    """What was checked, without the notes that the sources were edited since and of what was not looked at."""
+    return tuple(line for line in verdict.lines if not line.startswith(("note: the code here", "note: metrics.jsonl")))
 
 
 def edit(path, change):
@@ -130,6 +130,39 @@ def test_scores_are_said_not_to_be_computed_again(run_dir):
     verdict = verify(run_dir / "certificate.json")
     assert verdict.exit_code == 0
     assert "note: the scores were not computed again" in verdict.lines
+
+
+def with_scores(run_dir, **changes):
+    """Scores in the certificate, and in scores.json the same with changes."""
+    weights = json.loads((run_dir / "certificate.json").read_text())["stages"][2]["weights"]
+    yardsticks = {"label_clusters": {"hss_mean": 0.75}}
+    scores = {"checkpoint": {"step": 20, "weights": weights}, "scenes": 2, "summary": {"hss_mean": 0.82}}
+    edit(run_dir / "certificate.json", lambda c: c.update(scores=scores | {"yardsticks": yardsticks}))
+    (run_dir / "scores.json").write_text(json.dumps(scores | {"yardsticks": yardsticks} | changes))
+    return verify(run_dir / "certificate.json")
+
+
+def test_scores_that_were_edited_are_found(run_dir):
+    assert with_scores(run_dir).exit_code == 0
+    for changes, reason in (
+        ({"summary": {"hss_mean": 0.99}}, "scores.json says hss_mean 0.99, the certificate 0.82"),
+        ({"summary": {}}, "scores.json says hss_mean None, the certificate 0.82"),
+        ({"scenes": 64}, "scores.json says scenes 64, the certificate 2"),
+        (
+            {"yardsticks": {"label_clusters": {"hss_mean": 0.1}}},
+            "says label_clusters hss_mean 0.1, the certificate 0.75",
+        ),
+        ({"summary": None}, "scores.json cannot be compared with its scores: TypeError"),
+    ):
+        verdict = with_scores(run_dir, **changes)
+        assert verdict.exit_code == 1 and reason in verdict.sentence, verdict
+
+
+def test_what_was_not_looked_at_is_said(run_dir):
+    verdict = with_scores(run_dir, checkpoint={"file": "stage3.pt"}, summary={"hss_mean": 0.99})
+    assert verdict.exit_code == 0
+    assert "note: scores.json is of another evaluation than the certificate's, and was not compared" in verdict.lines
+    assert "note: metrics.jsonl was not looked at" in verdict.lines
 
 
 def test_exchanged_rows_are_found(finished, monkeypatch):

@@ -19,7 +19,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 from kernels.dispatch import IMPLEMENTATIONS
 from train.anatomy import KINDS
-from train.checkpoint import CheckpointError
+from train.checkpoint import CheckpointError, require_writable
 from train.compare import compare_runs
 from train.config import Recipe, load_recipe
 from train.data import load_order_ids, load_scenes
@@ -30,7 +30,7 @@ from train.predict import check_out, predict_command
 from train.pulse import RunDiverged
 from train.replay import Verdict, recompute_update, replay
 from train.rundir import RunRefused
-from train.sources import SourceUri
+from train.sources import SourceUri, open_rows
 from train.starting_point import LoadedModel, load_model, load_start
 from train.trace import tensor_digests
 from train.verify import verify
@@ -211,7 +211,8 @@ def _override(recipe: Recipe, flags: list[str]) -> Recipe:
     except ImportError as error:
         raise ValueError(f"changing a recipe on the command line ({flags[0]}) needs the package tyro") from error
     try:
-        return tyro.cli(Recipe, default=recipe, args=flags, prog="python -m train run")
+        # the help that tyro's own errors advise is that of the other flags
+        return tyro.cli(Recipe, default=recipe, args=flags, prog="python -m train run", add_help=flags == ["--help"])
     except SystemExit as stop:
         if stop.code:
             print("train run: --help-recipe lists the recipe's values, --help the other flags", file=sys.stderr)
@@ -223,6 +224,7 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> int:
     set_name = options.set or _set_of(options.data)
     out = options.out or (options.model if options.model.is_dir() else options.model.parent)
     _keep_other_scores(scores_path(out, set_name), options.data, loaded)
+    require_writable(out)
     evaluate_command(
         loaded.model.to(machine.device),
         load_scenes(options.data, strict=options.strict),
@@ -252,10 +254,10 @@ def _load(options: argparse.Namespace) -> tuple[LoadedModel, Machine]:
         loaded = dataclasses.replace(loaded, postprocess=postprocess)
     step, until = loaded.record["step"], loaded.until
     if step is None or until is None:
-        print(f"weights of {options.model}, the published form")
+        print(f"weights of {options.model}, the published form", flush=True)
     else:
         unfinished = ": the run is not finished" if options.model.is_dir() and step < until else ""
-        print(f"weights of {options.model}, step {step:,} of {until:,}{unfinished}")
+        print(f"weights of {options.model}, step {step:,} of {until:,}{unfinished}", flush=True)
     return loaded, machine
 
 
@@ -265,7 +267,10 @@ def _set_of(uri: str) -> str:
     split = parsed.place.rpartition(":")[2] if parsed.kind == "hf" else None
     if parsed.part == "dev" or split == "validation":
         return parsed.part or "validation"
-    raise ValueError(f"{uri} does not say which set it is: add #dev, or --set dev, validation or test")
+    # that it is not there is said first
+    rows = open_rows(parsed)
+    part = "#dev, or " if parsed.part is None and len(rows) > parsed.dev else ""
+    raise ValueError(f"{uri} does not say which set it is: add {part}--set dev, validation or test")
 
 
 def _keep_other_scores(path: Path, source: str, loaded: LoadedModel) -> None:

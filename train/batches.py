@@ -4,31 +4,42 @@ from typing import Any
 
 import torch
 
-from perceiver.scene import SceneBatch
+from perceiver.scene import RowError, SceneBatch
 from train.config import ROOT, Recipe
 from train.data import StageData, count_train_rows, load_stage_data
 from train.order import batch_indices, batches_per_epoch, epoch_order
+from train.sources import SourceError
 
 
 def stage_data(recipe: Recipe, number: int, *, progress: bool = False) -> StageData:
     """Load the rows of stage `number`, counted from 1.
 
     Raises:
-        SourceError, RowError: see `load_stage_data`.
+        SourceError: see `load_stage_data`; or a row cannot be used, and which of which stage.
     """
-    return load_stage_data(
-        recipe.stages[number - 1].data, strict=recipe.data.strict, progress=progress, **_kept_out(recipe)
-    )
+    uri = recipe.stages[number - 1].data
+    try:
+        return load_stage_data(uri, strict=recipe.data.strict, progress=progress, **_kept_out(recipe))
+    except RowError as error:
+        raise SourceError(f"stages.{number - 1}.data, {uri}: {error}") from error
 
 
-def check_batches(recipe: Recipe, step: int) -> None:
-    """Check that every stage that ends after update `step` has the rows that its batch takes, before it is trained.
+def check_stages(recipe: Recipe, step: int) -> None:
+    """Check every stage that ends after update `step`, before it is trained: it learns to its end, and has rows.
 
     Raises:
-        ValueError: names the stage's batch.
+        ValueError: a stage's cooldown ends before it, or it has fewer rows than its batch takes; names the values.
         SourceError: see `count_train_rows`.
     """
     ahead = {i: stage for i, stage in enumerate(recipe.stages) if stage.until > step}
+    for i, stage in ahead.items():
+        cooled = stage.cooldown_start + stage.cooldown_steps
+        if stage.cooldown_steps and cooled < stage.until:
+            raise ValueError(
+                f"stages.{i}.until is {stage.until}, but cooldown_start + cooldown_steps, {stage.cooldown_start} + "
+                f"{stage.cooldown_steps}, is {cooled}: from there on its learning rate is 0. To cool down at its end "
+                f"add --stages.{i}.cooldown-start {stage.until - stage.cooldown_steps}"
+            )
     sets = dict.fromkeys(stage.data for stage in ahead.values())
     rows = {uri: count_train_rows(uri, **_kept_out(recipe)) for uri in sets}
     for i, stage in ahead.items():

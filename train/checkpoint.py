@@ -16,6 +16,7 @@ import os
 import pickle
 import struct
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,21 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     _replace(temporary, data)
     os.replace(temporary, path)
+
+
+def require_writable(directory: Path) -> None:
+    """Make a directory where there is none, and check that files can be written in it.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # the rights of a directory do not say whether its disk is read-only
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(f"{directory} cannot be written: {error.strerror}; name another place with --out") from error
 
 
 def _replace(path: Path, data: bytes) -> None:

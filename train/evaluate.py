@@ -16,7 +16,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +40,7 @@ from train.determinism import Machine
 
 Summary = dict[str, float]
 
+YARDSTICKS = ("truth_through_postprocessing", "label_clusters")
 SET_TITLES = {"dev": "dev", "validation": "official validation", "test": "public test"}
 
 
@@ -154,10 +155,8 @@ def measure_yardsticks(
     truths = [true_wireframe(scene) for scene in scenes]
     processed = [_processed_truth(scene, postprocess) for scene in scenes]
     clusters = [label_clusters(scene) for scene in scenes]
-    return {
-        "truth_through_postprocessing": summarize(_score(processed, truths, scenes, pool)),
-        "label_clusters": summarize(_score(clusters, truths, scenes, pool)),
-    }
+    summaries = (summarize(_score(wireframes, truths, scenes, pool)) for wireframes in (processed, clusters))
+    return dict(zip(YARDSTICKS, summaries, strict=True))
 
 
 def write_scores(
@@ -211,8 +210,9 @@ def format_scores(evaluation: Evaluation, *, set_name: str) -> str:
     """Return a table for people: the model, then the yardsticks, a column per field of the leaderboard."""
     _check_set(set_name)
     lines = {"model": evaluation.summary, **evaluation.yardsticks}
-    title = f"{SET_TITLES[set_name]}, {len(evaluation.rows)} scenes"
-    width = max(len(title), *map(len, lines))
+    title = f"{SET_TITLES[set_name]}, {len(evaluation.rows)} scene{'s' * (len(evaluation.rows) != 1)}"
+    # of all tables alike, so that the yardsticks can follow
+    width = max(len(title), *map(len, YARDSTICKS))
     rows = [f"{title:{width}}  {'  '.join(evaluation.summary)}"]
     for name, summary in lines.items():
         numbers = (f"{value:{len(key)}.4f}" for key, value in summary.items())
@@ -233,16 +233,22 @@ def evaluate_command(
     workers: int,
     checkpoint: Mapping[str, object] | None = None,
 ) -> Evaluation:
-    """Evaluate with yardsticks, print the table, write the files: `python -m train evaluate`.
+    """Evaluate, print the scores, measure and print the yardsticks, write the files: `python -m train evaluate`.
 
     Raises:
         ValueError, RuntimeError, OSError: see `evaluate` and `write_scores`.
     """
     _check_set(set_name)
     with ScorePool(workers) as pool:
-        evaluation = evaluate(model, scenes, machine=machine, batch=batch, postprocess=postprocess, pool=pool)
-    # printed before a full disk can lose it
-    print(format_scores(evaluation, set_name=set_name))
+        evaluation = evaluate(
+            model, scenes, machine=machine, batch=batch, postprocess=postprocess, pool=pool, yardsticks=False
+        )
+        # the yardsticks take twice the time, and a full disk could lose it
+        scores = format_scores(evaluation, set_name=set_name)
+        print(scores, flush=True)
+        yardsticks = measure_yardsticks(scenes, postprocess=postprocess, pool=pool)
+    evaluation = replace(evaluation, yardsticks=yardsticks)
+    print(format_scores(evaluation, set_name=set_name).removeprefix(scores + "\n"))
     path = write_scores(
         run_dir, evaluation, set_name=set_name, source=source, postprocess=postprocess, checkpoint=checkpoint
     )

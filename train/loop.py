@@ -15,7 +15,7 @@ import torch
 
 from perceiver.model import Perceiver
 from perceiver.score import ScorePool, require_scorer
-from train.batches import StageBatches, check_batches, stage_data
+from train.batches import StageBatches, check_stages, stage_data
 from train.certificate import code_files, describe_environment, loaded_cubins, write_certificate
 from train.checkpoint import Checkpoint, is_usable, save_checkpoint, tensors_digest
 from train.config import Recipe, StageConfig, recipe_to_dict
@@ -27,7 +27,7 @@ from train.examples import write_examples
 from train.graph import StageUpdates
 from train.optim import build_optimizer, learning_rate, load_optimizer_state
 from train.progress import print_above_the_bar, progress_bar
-from train.pulse import require_finite, require_matching, require_temperature, temperature
+from train.pulse import require_finite, require_matching, require_temperatures, stage_named, temperatures
 from train.replay import CannotCheck, state_again
 from train.rundir import RunDirectory, RunRefused
 from train.signals import RunStopped, signals_noted
@@ -60,7 +60,7 @@ def run(
     Returns:
         False if the directory already held the complete run, also where some of its states had to be made again.
     Raises:
-        ValueError: a stage ahead has fewer rows than its batch takes, or its data cannot be had.
+        ValueError: a stage ahead has too few rows or no learning rate to its end, or its data cannot be had.
         RunRefused: the directory is in use, cannot be written, or holds something else or only a part of a result.
         RunStopped: SIGINT or SIGTERM; the state is saved.
         RunDiverged: a value is not finite, everything goes to the dustbin after a warm-up and 500 updates of a stage,
@@ -77,7 +77,7 @@ def run(
     new = not Path(run_dir).exists()
     if new:
         # what is refused leaves no directory
-        check_batches(recipe, recipe.start_of(start.stage - 1) if start else 0)
+        check_stages(recipe, recipe.start_of(start.stage - 1) if start else 0)
     directory = RunDirectory(run_dir)
     with directory.locked(), ScorePool(recipe.evaluate.workers) as pool:
         trainer = _Trainer(
@@ -88,12 +88,13 @@ def run(
             trainer.require_results()
             return False
         if not new:
-            check_batches(recipe, trainer.step)
+            check_stages(recipe, trainer.step)
         trainer.note_process()
         with signals_noted() as caught:
             for number, stage in enumerate(recipe.stages, start=1):
                 if trainer.step < stage.until:
-                    trainer.train_stage(number, stage, caught)
+                    with stage_named(number):
+                        trainer.train_stage(number, stage, caught)
     return True
 
 
@@ -317,7 +318,8 @@ class _Trainer:
             scenes=count,
             train_loss=losses[0],
             dev_loss=losses[1],
-            ratio=losses[1] / losses[0],
+            # a loss that has collapsed may be 0
+            ratio=losses[1] / losses[0] if losses[0] else None,
             **(evaluation.summary if evaluation else {}),
         )
         score = f", HSS {evaluation.summary['hss_mean']:.3f} on {count} dev scenes" if evaluation else ""
@@ -332,17 +334,17 @@ class _Trainer:
         line["loss"] = line.pop("total")
         line["grad_norm"] = float(result.grad_norm)
         line["lr"] = learning_rate(self.step, stage)
-        line["tau"] = temperature(self.model)
+        least, line["tau"] = temperatures(self.model)
         self.directory.append("metrics", kind="train", step=self.step, stage=number, **line)
         require_finite(self.step, result, {})
-        require_temperature(self.step, line["tau"])
+        require_temperatures(self.step, least, line["tau"])
         require_matching(self.step, line["mass"], begun=self.recipe.start_of(number - 1), warmup=stage.warmup)
         return line
 
     def _require_healthy(self) -> None:
         """Refuse a state, or an update that led to it, that training cannot go on from."""
         require_finite(self.step, self._result, self.model.state_dict())
-        require_temperature(self.step, temperature(self.model))
+        require_temperatures(self.step, *temperatures(self.model))
 
     def _load(self, number: int, stage: StageConfig) -> StageData:
         """Load the stage's rows, note them in the metrics, and refuse rows that changed since the run began."""

@@ -4,16 +4,14 @@
 indices, and a class per edge, always 0, which the score does not read.
 """
 
-import errno
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from perceiver.model import Perceiver
 from perceiver.scene import Scene
 from perceiver.wireframe import PostprocessConfig, Wireframe, fallback_wireframe
-from train.checkpoint import write_atomically
+from train.checkpoint import require_writable, write_atomically
 from train.determinism import Machine
 from train.evaluate import predict_wireframes
 
@@ -70,14 +68,12 @@ def check_out(out: Path) -> None:
     """Make the directory of a submission, and refuse a path that cannot be written before the work is done.
 
     Raises:
-        OSError: naming the path.
-        ValueError: it is a file with something else in it than a submission.
+        ValueError: its directory cannot be written, or it is a directory or a file with something else in it than a
+            submission.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(out.parent)
     if out.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a directory; name a file", str(out))
-    if not os.access(out.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, "its directory cannot be written", str(out))
+        raise ValueError(f"{out} is a directory; name a file with --out")
     if out.is_file() and not _is_submission(out.read_bytes()):
         raise ValueError(f"{out} holds something else than answers: name another file with --out")
 

@@ -4,8 +4,9 @@ Weights are checked before they are saved or evaluated, with the loss and the no
 optimizer's moments are not.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -15,18 +16,27 @@ from train.step import StepResult
 COLLAPSED_MASS = 0.05
 # so many updates of a stage, or its warm-up, a model has to begin to match before it is said to have collapsed
 FIRST_STEPS = 500
-# the kernels stop at 60
-MAX_TEMPERATURE = 55.0
+# the kernels stop at 60, and at exp(-60)
+MAX_TEMPERATURE, MIN_TEMPERATURE = 55.0, math.exp(-55.0)
 
 
 class RunDiverged(RuntimeError):
     """Training cannot go on: says what was seen and what usually causes it."""
 
 
-def temperature(model: Perceiver) -> float:
-    """Return the largest temperature of all attention heads; waits for the device."""
-    scales = [p.detach().max() for name, p in model.named_parameters() if name.endswith("log_scale")]
-    return float(torch.stack(scales).max().exp())
+@contextlib.contextmanager
+def stage_named(number: int) -> Iterator[None]:
+    """Say in which stage, counted from 1, a run diverged."""
+    try:
+        yield
+    except RunDiverged as reason:
+        raise RunDiverged(f"stage {number}, {reason}") from reason
+
+
+def temperatures(model: Perceiver) -> tuple[float, float]:
+    """Return the smallest and the largest temperature of all attention heads; waits for the device."""
+    scales = torch.cat([p.detach() for name, p in model.named_parameters() if name.endswith("log_scale")])
+    return float(scales.min().exp()), float(scales.max().exp())
 
 
 def require_finite(step: int, result: StepResult | None, weights: Mapping[str, torch.Tensor]) -> None:
@@ -44,14 +54,20 @@ def require_finite(step: int, result: StepResult | None, weights: Mapping[str, t
         raise RunDiverged(f"step {step:,}: {name} is not finite; lower the learning rate")
 
 
-def require_temperature(step: int, tau: float) -> None:
-    """Refuse a temperature that the kernels will not take.
+def require_temperatures(step: int, least: float, largest: float) -> None:
+    """Refuse temperatures that the kernels will not take.
 
     Raises:
-        RunDiverged: it is above `MAX_TEMPERATURE`.
+        RunDiverged: one is below `MIN_TEMPERATURE` or above `MAX_TEMPERATURE`.
     """
-    if tau > MAX_TEMPERATURE:
-        raise RunDiverged(f"step {step:,}: a temperature reached {tau:.1f}, the kernels stop at 60")
+    if largest > MAX_TEMPERATURE:
+        raise RunDiverged(
+            f"step {step:,}: a temperature reached {largest:.1f}, the kernels stop at 60; lower the learning rate"
+        )
+    if least < MIN_TEMPERATURE:
+        raise RunDiverged(
+            f"step {step:,}: a temperature fell to {least:.1g}, the kernels stop at exp(-60); lower the learning rate"
+        )
 
 
 def require_matching(step: int, mass: float, *, begun: int, warmup: int) -> None:

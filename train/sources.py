@@ -138,9 +138,11 @@ class Rows:
         if part in ("all", None):
             return range(len(self))
         if len(self) <= self.uri.dev:
+            # to train on all rows would leave none to score
+            or_all = " or take all rows (#all; evaluate wants a --set with it)" if self.uri.part == "dev" else ""
             raise SourceError(
-                f"{self.uri}: has {len(self)} rows, no more than its dev part of {self.uri.dev}; "
-                f"choose a smaller one (?dev=...) or read all rows (#all)"
+                f"{self.uri}: has {len(self)} row{'s' * (len(self) != 1)}, no more than its dev part of "
+                f"{self.uri.dev}; choose a smaller one (?dev=...){or_all}"
             )
         cut = len(self) - self.uri.dev
         return range(cut) if part == "train" else range(cut, len(self))

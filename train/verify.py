@@ -2,9 +2,10 @@
 
 Those are the first 20 updates of the run and the last 20 of each stage. The first begin with the initial weights or, if
 the run did, with those of a file, which must be given; the last with the `stage<k>_tail.pt` beside the certificate. The
-state that a stage ends with must have the certificate's digests of it, and so must `stage<k>.pt` where it lies there.
-The updates between, and the scores, are not computed again. The answer is yes, no with the first difference, or that it
-cannot be checked here and why.
+state that a stage ends with must have the certificate's digests of it, and so must `stage<k>.pt` where it lies there;
+`scores.json` must have its scores, unless `evaluate` wrote it later. The updates between, and the scores, are not
+computed again, and metrics.jsonl is not looked at. The answer is yes, no with the first difference, or that it cannot
+be checked here and why.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from train.certificate import (
     read_certificate,
 )
 from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, tensors_digest
+from train.config import read_object
 from train.determinism import Machine
 from train.replay import CannotCheck, Differs, Past, Verdict, check_line, known_recipe, same_machine
 from train.rundir import read_log
@@ -55,6 +57,7 @@ def verify(
         recipe = known_recipe(certificate["recipe"])
         check_extent(path, certificate, recipe)
         done += _other_code(certificate["code"]["files"])
+        done += _other_scores(path.with_name("scores.json"), certificate["scores"])
         machine = same_machine(recipe, certificate["environment"], device)
         trace = _trace_beside(path)
         past = Past(recipe, machine, {row["stage"]: row for row in certificate["data"]}, progress=progress)
@@ -66,6 +69,8 @@ def verify(
             done += _other_kernels(certificate, machine)
             if certificate["scores"]:
                 done.append("note: the scores were not computed again")
+            if path.with_name("metrics.jsonl").is_file():
+                done.append("note: metrics.jsonl was not looked at")
         if missing:
             raise CannotCheck("; ".join(missing))
     except Contradiction as error:
@@ -148,6 +153,33 @@ def _other_code(files: Mapping[str, str]) -> list[str]:
     others = f"{', '.join(names[:5])}{more}"
     note = f"note: the code here is not the certificate's ({others}); the updates are made with the code here"
     return [note] if names else []
+
+
+def _other_scores(path: Path, said: Mapping[str, Any] | None) -> list[str]:
+    """Compare scores.json with the scores of the certificate; say where it is of a later evaluation."""
+    if not said or not path.is_file():
+        return []
+    try:
+        scores = read_object(path)
+        if scores["checkpoint"] != said["checkpoint"]:
+            return ["note: scores.json is of another evaluation than the certificate's, and was not compared"]
+        found, known = _numbers(scores), _numbers(said)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Differs(f"scores.json cannot be compared with its scores: {type(error).__name__} {error}") from error
+    for name in {**known, **found}:
+        if found.get(name) != known.get(name):
+            raise Differs(f"scores.json says {name} {found.get(name)}, the certificate {known.get(name)}")
+    return []
+
+
+def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
+    """What scores say, by name."""
+    yardsticks = scores["yardsticks"].items()
+    return (
+        {"scenes": scores["scenes"]}
+        | scores["summary"]
+        | {f"{name} {key}": value for name, summary in yardsticks for key, value in summary.items()}
+    )
 
 
 def _other_kernels(certificate: Mapping[str, Any], machine: Machine) -> list[str]:
