@@ -19,8 +19,6 @@ import pytest
 from bench.gpu_process import Ended, Line, Sheet, Workers, at_most_every, end_on_sigterm, end_with_parent, note, share
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-# what was rewritten last and has not run on a GPU since
-FIRST = "test_sinkhorn"
 # beside those of the operators; of two files only what needs a GPU: the rest trains for minutes
 MORE = ("accuracy", "fused", "graph", "measure", "products", "trace")
 NEED_A_GPU = (
@@ -38,12 +36,11 @@ _STICKY = re.compile(
 
 
 def operator_tests() -> list[str]:
-    """The test files of all operators, found by the names of the modules in kernels/, `FIRST` first; `NEED_A_GPU`."""
+    """`NEED_A_GPU`, which take longest, then the test files of all operators, found by the names of the modules there."""
     modules = (TESTS.parent / "kernels").glob("*.py")
     stems = {path.stem.partition("_")[0] for path in modules if path.stem != "__init__"} | set(MORE)
     files = [path for path in sorted(TESTS.glob("test_*.py")) if path.stem.split("_")[1] in stems]
-    files.sort(key=lambda path: not path.stem.startswith(FIRST))
-    return [str(path) for path in (*files, *(TESTS / test for test in NEED_A_GPU))]
+    return [str(path) for path in (*(TESTS / test for test in NEED_A_GPU), *files)]
 
 
 class Outcomes:
