@@ -36,7 +36,7 @@ _STICKY = re.compile(
 
 
 def operator_tests() -> list[str]:
-    """`NEED_A_GPU`, which take longest, then the test files of all operators, found by the names of kernels' modules."""
+    """`NEED_A_GPU`, which take longest, then the test files of all operators, found by the names of the modules."""
     modules = (TESTS.parent / "kernels").glob("*.py")
     stems = {path.stem.partition("_")[0] for path in modules if path.stem != "__init__"} | set(MORE)
     files = [path for path in sorted(TESTS.glob("test_*.py")) if path.stem.split("_")[1] in stems]

@@ -171,8 +171,8 @@ def _sum_segments_kernel(
 def rounded(x):
     """Return a product that is to be summed as a number of its own.
 
-    In a sum over lanes each lane adds the number of another one to its own. The compiler would fuse a product with that:
-    a lane's own product would not be rounded, the other's would, and the copies of the sum would differ in bits. Of
-    copies that go through shared memory it is not defined which one arrives.
+    In a sum over lanes each lane adds the number of another one to its own. The compiler would fuse a product with
+    that: a lane's own product would not be rounded, the other's would, and the copies of the sum would differ in bits.
+    Of copies that go through shared memory it is not defined which one arrives.
     """
     return x + 0.0

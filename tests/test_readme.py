@@ -85,8 +85,8 @@ def test_a_gpus_targets_are_named_with_what_was_measured_of_them(tmp_path):
     *_, noisy, _, told = gpus(tmp_path).splitlines()
     assert noisy == "| a step | at most 4 ms | 4.88 ms | noise |"
     assert told == (
-        "Three stages of 30 and 5 updates on 9 roofs, trained twice, the second time killed after update 15 and resumed "
-        "from 10: the same bytes; HSS after each on 64 other roofs: 0.100, 0.200 (label clusters 0.300)."
+        "Three stages of 30 and 5 updates on 9 roofs, trained twice, the second time killed after update 15 and "
+        "resumed from 10: the same bytes; HSS after each on 64 other roofs: 0.100, 0.200 (label clusters 0.300)."
     )
 
 

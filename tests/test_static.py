@@ -76,8 +76,8 @@ def test_an_unknown_operator_is_refused_by_name(monkeypatch, capsys):
 
 
 ROW = {
-    "kernel": "_kernel", "registers": 100, "instructions": 1000, "spills": 0, "atomics": {}, "fused_sums": 0, "shared": 0,
-    "shared_limit": 1, "scalar_dots": [], "sha256": "0",
+    "kernel": "_kernel", "registers": 100, "instructions": 1000, "spills": 0, "atomics": {}, "fused_sums": 0,
+    "shared": 0, "shared_limit": 1, "scalar_dots": [], "sha256": "0",
 }  # fmt: skip
 KEY = "op/case/sm_90/_kernel"
 
