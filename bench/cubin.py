@@ -133,6 +133,8 @@ def read(cubin: bytes) -> MachineCode:
 def fused_sums(lines: Iterable[tuple[str, str]]) -> int:
     """Count sums over lanes into which a lane fuses its own product, while it hands on a rounded one.
 
+    Found are those whose three instructions follow each other in the listing, with other ones between.
+
     Args:
         lines: opcodes and operands, in order.
     """
@@ -140,7 +142,7 @@ def fused_sums(lines: Iterable[tuple[str, str]]) -> int:
     others: dict[str, frozenset[str]] = {}
     count = 0
     for opcode, rest in lines:
-        operands = [operand.strip().removesuffix(".reuse") for operand in rest.split(",")]
+        operands = [operand.strip().removesuffix(".reuse").lstrip("-") for operand in rest.split(",")]
         kind, (target, *sources) = opcode.partition(".")[0], operands
         product, other = frozenset(sources[:2]), None
         if opcode == "SHFL.BFLY":

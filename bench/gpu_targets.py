@@ -42,7 +42,8 @@ class Target:
             "measured": measured,
             "ratio": ratio,
             "met": met,
-            "noise": noise,
+            # a ratio near 1 says nothing of who is faster, but that it is not 10
+            "noise": noise and self.target == 1,
         }
 
 

@@ -98,7 +98,10 @@ def kernels_accept_cpu() -> bool:
 
 
 def values_are_readable(tensor: torch.Tensor) -> bool:
-    """Whether an operator may look at the values of `tensor` to refuse bad ones: on a GPU that would wait for it."""
+    """Whether an operator may look at the values of `tensor` to refuse bad ones: on a GPU that would wait for it.
+
+    Not inside of a vmap either, where values are as on a GPU: out of range they are clamped, or up to the caller.
+    """
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
     # one tensor of a vmap is many, of which none can be asked
@@ -136,7 +139,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def cdiv(x: int, y: int) -> int:
-    """Return x / y rounded up: `triton.cdiv`, whose call from the host takes 2 us."""
+    """Return x / y rounded up: `triton.cdiv`, which the host calls through a wrapper that costs more than the rest."""
     return -(-x // y)
 
 

@@ -119,6 +119,7 @@ SHUFFLE = ("SHFL.BFLY", "PT, R5, R4, 0x10, 0x1f")
     [
         ([PRODUCT, SHUFFLE, ("FFMA", "R6, R2.reuse, R3, R5")], 1),
         ([PRODUCT, SHUFFLE, ("FFMA", "R6, R3, R2, R5")], 1),
+        ([PRODUCT, SHUFFLE, ("FFMA", "R6, -R2, R3, -R5")], 1),
         ([PRODUCT, SHUFFLE, ("FADD", "R6, R4, R5")], 0),
         ([PRODUCT, SHUFFLE, ("FFMA", "R6, R7, R3, R5")], 0),
         ([PRODUCT, SHUFFLE, ("MOV", "R5, RZ"), ("FFMA", "R6, R2, R3, R5")], 0),
