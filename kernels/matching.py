@@ -85,13 +85,14 @@ def match_segments(
         direction_weight, length_weight: at least 0; what directions and lengths cost beside the distance.
         cost_scale, eps: positive; cost and dustbin are multiplied by cost_scale, eps is the temperature of the plan.
         iterations: of Sinkhorn, at least 1.
-        dustbin: what leaving a segment unmatched costs.
+        dustbin: what leaving a segment unmatched costs: a pair is matched, all else being equal, if it costs less.
         slack: "full" (the dustbin can take everything) or "minimal" (only what the smaller side cannot take).
         plan_gradient: "detached" (the plan is a constant in transport) or "exact" (differentiated through the solve).
         impl: "auto", "eager" or "triton", see `kernels.dispatch`.
     Returns:
-        Match: transport_B, endpoint_B and matched_BN in [0, 1], float32 (float64 for float64); partner_BN, int64.
-        Without true segments: losses 0 with gradient 0, nobody matched.
+        Match: transport_B, endpoint_B and matched_BN in [0, 1], float32 (float64 for float64); partner_BN, int64: the
+        first true segment that a predicted one is best for, however little of it is matched, else -1. Without true
+        segments: losses 0 with gradient 0, nobody matched.
     Raises:
         ValueError: a shape, dtype, device, count or setting is not as above; more than 128 segments; float64 with
             impl="triton".

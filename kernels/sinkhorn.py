@@ -61,8 +61,8 @@ def sinkhorn(
             is padding and may hold anything, also NaN. On a GPU they are clamped.
         eps: the regularisation, a number > 0, in the unit of the cost.
         iterations: >= 1, always all of them.
-        dustbin: cost of leaving a row or column unmatched, a number or a scalar tensor; None: no dustbin, the plan sums
-            to 1 and the slacks are 0.
+        dustbin: cost of leaving a row or column unmatched, a number or a scalar tensor: pairs that cost less match.
+            None: no dustbin, the plan sums to 1 and the slacks are 0.
         slack: "full" lets every row and column go to the dustbin; "minimal" only as many as must.
         log_a_BN, log_b_BM: logarithms of masses in place of the uniform ones of that side, -inf is padding; without a
             dustbin their totals must agree.
