@@ -189,7 +189,11 @@ def _attention_dkv_kernel(
 
     # dk = rk (B - [|k| >= eps] rk k <rk k, B>)
     unit = k.to(tl.float32) * rk[:, None]
-    inside = tl.where(rk < SHORT, tl.sum(unit * dk, 1), 0.0)
+    dot = unit * dk
+    if D == 16:
+        # a row lies in as many lanes as it has numbers
+        dot = rounded(dot)
+    inside = tl.where(rk < SHORT, tl.sum(dot, 1), 0.0)
     dk = tl.where(valid[:, None], (dk - unit * inside[:, None]) * rk[:, None], 0.0)
     dv = tl.where(valid[:, None], dv, 0.0)
     in_S = offs_s < S
