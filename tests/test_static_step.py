@@ -65,8 +65,8 @@ def test_arithmetic_of_attention_is_two_products_each_way_and_four_back():
 )
 def test_a_kernel_that_breaks_a_rule_and_a_slower_step_are_refused(row, before, refused):
     clean = {
-        "kernel": "_kernel", "registers": 9, "instructions": 9, "spills": 0, "atomics": {}, "fused_sums": 0, "shared": 0,
-        "shared_limit": 1, "scalar_dots": [], "sha256": "0",
+        "kernel": "_kernel", "registers": 9, "instructions": 9, "spills": 0, "atomics": {}, "fused_sums": 0,
+        "shared": 0, "shared_limit": 1, "scalar_dots": [], "sha256": "0",
     }  # fmt: skip
     step = {"bound_ms": 1.0, "kernels": [clean | row]}
     assert list(_violations(Unit("", "step", "64x4096", 90), step, {"bound_ms": before})) == refused
