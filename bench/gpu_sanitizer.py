@@ -163,7 +163,7 @@ def main() -> int:
     for tool, found in sheet.content["tools"].items():
         defects = [ended["defects"] for ended in found["shares"].values()]
         planted = found[PLANTED] and found[PLANTED]["defects"]
-        print(f"{tool}: {found['called']} configurations, defects {defects}, of those planted {planted}")
+        print(f"{tool}: {found['called']} configurations called, defects {defects}; of what was planted {planted}")
     return int(not is_green(sheet.content))
 
 
